@@ -1,0 +1,1 @@
+"""Adapters to the libraries that hold the models."""

@@ -1,0 +1,11 @@
+"""Robust, budgeted routing for the MoE models of Hugging Face transformers.
+
+Reading order: ``sites`` (where a model routes), ``contract`` (what its router computes),
+``experts`` (computing only what runs), ``attachment`` (the hooks that join them).
+"""
+
+from drgr.integrations.transformers.attachment import Attachment, attach
+from drgr.integrations.transformers.contract import RouterContract, find_contract
+from drgr.integrations.transformers.sites import MoeSite, find_sites
+
+__all__ = ["Attachment", "MoeSite", "RouterContract", "attach", "find_contract", "find_sites"]

@@ -1,0 +1,299 @@
+"""Attaches routing policies to a transformers MoE model, and takes them off again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.utils.hooks import RemovableHandle
+
+from drgr.budgets import TokenBudget
+from drgr.integrations.transformers.contract import RouterContract, find_contract
+from drgr.integrations.transformers.experts import IMPLEMENTATION, check_skipping, register
+from drgr.integrations.transformers.padding import padding_mask
+from drgr.integrations.transformers.sites import MoeSite, find_sites
+from drgr.routing import (
+    BatchPrice,
+    ControllerFactory,
+    LayerRouting,
+    NoPrices,
+    RoutingPlan,
+    RoutingPolicy,
+    expert_load,
+)
+
+ROUTING_FILE = "routing.safetensors"
+"""Name of the file that holds the routing state beside a saved model."""
+
+
+@final
+class Attachment:
+    """A model whose MoE layers route inside a budget. Made by :func:`attach`.
+
+    The model's parameters, ``state_dict`` keys, ``output_router_logits`` and ``save_pretrained``
+    are untouched; the state of the routing is here, in :meth:`state_dict`.
+    """
+
+    def __init__(self, model: nn.Module, layers: "tuple[_Layer, ...]") -> None:
+        self.model = model
+        self._layers = layers
+        self._valid: Tensor | None = None
+        self._records: list[list[LayerRouting]] = []
+        # Read on every pass, since checkpointing may be switched on after attaching.
+        self._checkpointed: list[Any] = [
+            module for module in model.modules() if hasattr(module, "gradient_checkpointing")
+        ]
+        base = getattr(model, "base_model", model)
+        self._handles: list[RemovableHandle] = [
+            base.register_forward_pre_hook(self._read_padding, with_kwargs=True)
+        ]
+        for layer in layers:
+            hook = partial(self._route, layer)
+            self._handles.append(layer.site.router.register_forward_hook(hook))
+        config = layers[0].site.experts.config
+        self._previous_implementation = config._experts_implementation
+        config._experts_implementation = IMPLEMENTATION
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """Dotted names of the MoE blocks, in the model's order."""
+        return tuple(layer.site.name for layer in self._layers)
+
+    @property
+    def policies(self) -> tuple[RoutingPolicy, ...]:
+        """The routing policy of each layer."""
+        return tuple(layer.policy for layer in self._layers)
+
+    @contextmanager
+    def record(self) -> Iterator[list[LayerRouting]]:
+        """Yields a list that receives one :class:`LayerRouting` a layer for each forward pass.
+
+        Recomputation under gradient checkpointing adds nothing to it.
+        """
+        records: list[LayerRouting] = []
+        self._records.append(records)
+        try:
+            yield records
+        finally:
+            self._records.remove(records)
+
+    def observe(self, records: list[LayerRouting]) -> None:
+        """Shows one training micro-batch to every layer's controller and batch price.
+
+        Raises:
+            ValueError: If ``records`` are not those of one forward pass of this model.
+        """
+        if tuple(routing.name for routing in records) != self.layer_names:
+            raise ValueError(
+                f"records must hold one entry for each of the {len(self._layers)} MoE layers in "
+                f"order, got {[routing.name for routing in records]}; record one forward pass at "
+                f"a time"
+            )
+        for layer, routing in zip(self._layers, records, strict=True):
+            layer.policy.observe(routing)
+
+    def update(self) -> None:
+        """Moves all prices; call once after each optimizer step."""
+        for layer in self._layers:
+            layer.policy.update()
+            layer.pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the prices of every layer by the name of its block."""
+        return {layer.site.name: layer.policy.state_dict() for layer in self._layers}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`.
+
+        Raises:
+            ValueError: If the layers differ.
+        """
+        if set(state) != set(self.layer_names):
+            raise ValueError(
+                f"routing state must have the layers {sorted(self.layer_names)}, got "
+                f"{sorted(state)}; it belongs to another model"
+            )
+        for layer in self._layers:
+            layer.policy.load_state_dict(state[layer.site.name])
+
+    def save(self, directory: Path) -> None:
+        """Writes the routing state as ``routing.safetensors``, beside a saved model."""
+        flat = {
+            f"{layer}/{part}/{name}": tensor.cpu()
+            for layer, parts in self.state_dict().items()
+            for part, state in parts.items()
+            for name, tensor in state.items()
+        }
+        save_file(flat, directory / ROUTING_FILE)
+
+    def load(self, directory: Path) -> None:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            ValueError: If it belongs to another model or another kind of controller.
+            FileNotFoundError: If ``directory`` has no routing state.
+        """
+        state: dict[str, Any] = {
+            name: {"controller": {}, "batch_price": {}} for name in self.layer_names
+        }
+        for key, tensor in load_file(directory / ROUTING_FILE).items():
+            layer, part, name = key.split("/")
+            state.setdefault(layer, {}).setdefault(part, {})[name] = tensor
+        self.load_state_dict(state)
+
+    def detach(self) -> None:
+        """Removes every hook; the model behaves as if it had never been attached to."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._layers[0].site.experts.config._experts_implementation = self._previous_implementation
+
+    def _read_padding(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._valid = padding_mask(module, args, kwargs)
+
+    def _route(
+        self, layer: "_Layer", router: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        """Replaces the router's weights and indices by those of the policy."""
+        del args
+        logits, weights, _, *rest = output
+        scores = layer.contract.scores(logits)
+        is_recomputed = torch._C._current_graph_task_id() != -1
+        if is_recomputed:
+            routing = layer.take_pending(logits)
+        else:
+            routing = self._decide(layer, router, scores)
+            self._deliver(layer, logits, routing)
+        plan = routing.plan
+        combine = plan.combine_weights
+        if is_recomputed:
+            combine = layer.contract.weights(scores, plan.expert_ids, plan.keep)
+        expert_ids = plan.expert_ids.masked_fill(~plan.keep, layer.site.num_experts)
+        return (logits, combine.to(weights.dtype), expert_ids, *rest)
+
+    def _decide(self, layer: "_Layer", router: nn.Module, scores: Tensor) -> LayerRouting:
+        valid = self._valid
+        if valid is not None and valid.shape[0] != scores.shape[0]:
+            raise ValueError(
+                f"{layer.site.name} routes {scores.shape[0]} tokens, but the attention mask has "
+                f"{valid.shape[0]}; pass a mask of the batch's own tokens"
+            )
+        values = layer.policy.price_scores(layer.contract.selectable(scores, router))
+        selection = layer.policy.select(values, valid=valid, exact=router.training)
+        plan = RoutingPlan(
+            expert_ids=selection.expert_ids,
+            combine_weights=layer.contract.weights(scores, selection.expert_ids, selection.keep),
+            keep=selection.keep,
+            expert_load=expert_load(selection.expert_ids, selection.keep, layer.site.num_experts),
+        )
+        return LayerRouting(
+            name=layer.site.name,
+            scores=scores,
+            values=values,
+            plan=plan,
+            selection=selection,
+            valid=valid,
+        )
+
+    def _deliver(self, layer: "_Layer", logits: Tensor, routing: LayerRouting) -> None:
+        for records in self._records:
+            records.append(routing)
+        is_checkpointed = any(module.gradient_checkpointing for module in self._checkpointed)
+        if layer.site.router.training and is_checkpointed:
+            if not torch.is_grad_enabled() and self._records:
+                raise ValueError(
+                    "gradient checkpointing must not be reentrant while routing is recorded: the "
+                    "router's gradient would be lost; enable it with use_reentrant=False"
+                )
+            layer.pending.append((logits.detach(), routing))
+
+
+@final
+class _Layer:
+    """One attached MoE block: where it is, what its router computes, and its policy."""
+
+    def __init__(self, site: MoeSite, contract: RouterContract, policy: RoutingPolicy) -> None:
+        self.site = site
+        self.contract = contract
+        self.policy = policy
+        self.pending: list[tuple[Tensor, LayerRouting]] = []
+
+    def take_pending(self, logits: Tensor) -> LayerRouting:
+        """Returns the decision of the forward pass that is being recomputed, told by its logits.
+
+        Deciding again would be wrong where processes share a batch: the others are not listening.
+        """
+        for index, (seen, _) in enumerate(self.pending):
+            if torch.equal(seen, logits.detach()):
+                return self.pending.pop(index)[1]
+        raise RuntimeError(
+            f"{self.site.name}: a forward pass is recomputed whose routing is not known; the "
+            f"router must see the same input again (deterministic layers, preserved random state)"
+        )
+
+
+def attach(
+    model: nn.Module,
+    *,
+    budget: TokenBudget,
+    controller: ControllerFactory | None = None,
+    price_smoothing: float = 0.9,
+    group: ProcessGroup | None = None,
+) -> Attachment:
+    """Makes every MoE layer of a transformers model route inside a budget.
+
+    In training mode each forward pass meets the budget exactly; in evaluation mode each token
+    decides alone at the price learned so far. Before anything is changed, the router's rule and the
+    skipping of experts are verified numerically against the model's own code.
+
+    Args:
+        model: A transformers MoE model.
+        budget: Bounds in experts, for each layer.
+        controller: Builds a layer's expert-price controller; none by default.
+        price_smoothing: Share of the batch price's average that a step keeps, in [0, 1).
+        group: Processes that share a training batch, preferably a group of their own, so that these
+            small collectives never interleave with those of gradients.
+
+    Returns:
+        The attachment; :meth:`Attachment.detach` undoes it.
+
+    Raises:
+        UnknownRouterError: If the model has no MoE layer or its routing cannot be verified.
+        ValueError: If the model is attached to already, or ``budget.maximum`` exceeds the experts
+            that a token may use.
+    """
+    register()
+    sites = find_sites(model)
+    layers = []
+    for site in sites:
+        if site.experts.config._experts_implementation == IMPLEMENTATION:
+            raise ValueError(f"{type(model).__name__} is attached already; detach it first")
+        contract = find_contract(site.router, site.name)
+        _check_maximum(site, contract, budget)
+        check_skipping(site.experts, site.name)
+        device = next(site.router.parameters()).device
+        build = controller or (lambda num_experts, device: NoPrices(num_experts, device=device))
+        policy = RoutingPolicy(
+            budget=budget,
+            controller=build(site.num_experts, device),
+            batch_price=BatchPrice(smoothing=price_smoothing, device=device),
+            group=group,
+        )
+        layers.append(_Layer(site, contract, policy))
+    return Attachment(model, tuple(layers))
+
+
+def _check_maximum(site: MoeSite, contract: RouterContract, budget: TokenBudget) -> None:
+    usable = site.num_experts * contract.num_top_groups // contract.num_groups
+    if budget.maximum > usable:
+        raise ValueError(
+            f"budget.maximum must be at most the {usable} experts that a token of {site.name} may "
+            f"use, got {budget.maximum}; lower it"
+        )

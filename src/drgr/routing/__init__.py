@@ -1,0 +1,30 @@
+"""Routing as one priced assignment: experts with the largest score less price, inside a budget.
+
+Reading order: ``plan`` (the records), ``policy`` (scores, prices, selection joined for one layer),
+``controllers`` (the interface that moves prices), then one file for each controller and loss.
+"""
+
+from drgr.routing.batch_price import BatchPrice
+from drgr.routing.controllers import NoPrices, PriceController
+from drgr.routing.load import expert_load, max_violation, min_violation
+from drgr.routing.load_balancing import load_balancing_loss
+from drgr.routing.plan import LayerRouting, RoutingPlan
+from drgr.routing.policy import ControllerFactory, RoutingPolicy
+from drgr.routing.quantile import QuantileBalancing
+from drgr.routing.sign_bias import SignBias
+
+__all__ = [
+    "BatchPrice",
+    "ControllerFactory",
+    "LayerRouting",
+    "NoPrices",
+    "PriceController",
+    "QuantileBalancing",
+    "RoutingPlan",
+    "RoutingPolicy",
+    "SignBias",
+    "expert_load",
+    "load_balancing_loss",
+    "max_violation",
+    "min_violation",
+]

@@ -1,0 +1,39 @@
+"""Run by the gate where only torch and numpy are installed: the core must work, the rest must say why not."""
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+CORE = [
+    "drgr",
+    "drgr.numerics",
+    "drgr.budgets",
+    "drgr.budgets.flops",
+    "drgr.ambiguity",
+    "drgr.routing",
+    "drgr.collectives",
+]
+EXTRAS = ["transformers", "pydantic", "typer", "plotly", "datasets", "tokenizers"]
+
+present = [name for name in EXTRAS if importlib.util.find_spec(name)]
+if present:
+    sys.exit(f"this check needs an environment without {present}")
+for name in CORE:
+    importlib.import_module(name)
+
+import torch  # noqa: E402
+
+from drgr.ambiguity import KL, worst_case  # noqa: E402
+from drgr.budgets import TokenBudget, select_exactly  # noqa: E402
+
+selection = select_exactly(torch.rand(10, 4), TokenBudget(minimum=1, maximum=3, average=1.5))
+assert int(selection.spend) == 15, selection
+assert worst_case(torch.tensor([1.0, 2.0]), divergence=KL(), radius=0.1).value > 1.5
+
+command = Path(sys.executable).with_name("drgr")
+result = subprocess.run([command, "--help"], capture_output=True, text=True, check=False)
+assert result.returncode == 2, result
+assert "pip install 'drgr[train]'" in result.stderr, result.stderr
+sys.stdout.write("the core works with torch and numpy alone\n")
