@@ -1,0 +1,166 @@
+"""What attaching costs: a training step with budget, prices and adversary against one without.
+
+All variants run interleaved in one process on the same batches. ``unattached`` is transformers' own
+model with grouped_mm experts, the same optimizer and the same number of experts a token;
+``attached`` is everything that ``drgr train`` does in a step, the adversary's held-out passes and
+record keeping included; ``attached, no held-out passes`` leaves those passes out, which are compute
+bought for robustness rather than overhead; ``unattached, sparse experts`` runs the unattached model
+with this package's expert code, so that the cost of routing alone can be told from the gain of that
+code.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import write_result
+
+from drgr.data import draw_batch, prepare_corpus
+from drgr.evaluation import token_losses
+from drgr.integrations.transformers.experts import IMPLEMENTATION, register
+from drgr.recipes import demo
+from drgr.training import RunConfig, build_run, override, resolve_cache
+from drgr.training.held_out import held_out_sums
+from drgr.training.step import is_finite, train_step
+
+LIMIT = 1.05
+
+
+def unattached_step(
+    config: RunConfig, corpus: Any, *, implementation: str
+) -> Callable[[int], None]:
+    """Returns a plain training step of the same model, optimizer and batches."""
+    run = build_run(config, corpus)
+    run.attachment.detach()
+    model: Any = run.attachment.model
+    model.set_experts_implementation(implementation)
+    weights = run.adversary.weights.sampling.numpy()
+    model.train()
+
+    def step(number: int) -> None:
+        batch = draw_batch(
+            corpus,
+            step=number,
+            seed=0,
+            weights=weights,
+            batch_size=config.training.batch_size,
+            sequence_length=config.data.sequence_length,
+        )
+        run.optimizer.zero_grad(set_to_none=True)
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+        token_losses(logits, batch.labels).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_norm)
+        run.optimizer.step()
+
+    return step
+
+
+def attached_step(config: RunConfig, corpus: Any, *, held_out: bool) -> Callable[[int], None]:
+    """Returns the step of ``drgr train``; with ``held_out`` its share of the adversary's passes."""
+    run = build_run(config, corpus)
+    settings = config.robustness
+
+    def step(number: int) -> None:
+        if number % settings.every == 0:
+            if held_out:
+                sums, counts, _ = held_out_sums(
+                    run.attachment,
+                    corpus,
+                    run.settings,
+                    run.flops,
+                    step=number,
+                    windows=settings.windows,
+                )
+                run.adversary.observe(sums, counts)
+            run.adversary.refresh()
+        totals = train_step(
+            run.forward_model,
+            run.attachment,
+            run.optimizer,
+            corpus,
+            run.settings,
+            step=number,
+            weights=run.adversary.weights,
+        )
+        if not is_finite(totals):
+            raise SystemExit(f"step {number} is not finite")
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", default="drgr-8")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--set", action="append", default=[], help="settings of the demo recipe")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=10, help="steps of each variant in a round")
+    parser.add_argument("--name", default="overhead")
+    parser.add_argument("--allow-dirty", action="store_true")
+    arguments = parser.parse_args()
+    config = override(demo(), [f"data.corpus={arguments.corpus}", *arguments.set])
+    corpus = prepare_corpus(
+        arguments.corpus,
+        cache=resolve_cache(arguments.cache),
+        vocabulary_size=config.data.vocabulary_size,
+    )
+    register()
+    variants = {
+        "unattached": unattached_step(config, corpus, implementation="grouped_mm"),
+        "unattached, sparse experts": unattached_step(
+            config, corpus, implementation=IMPLEMENTATION
+        ),
+        "attached": attached_step(config, corpus, held_out=True),
+        "attached, no held-out passes": attached_step(config, corpus, held_out=False),
+    }
+    seconds = measure(variants, rounds=arguments.rounds, steps=arguments.steps)
+    ratios = {
+        name: [mine / base for mine, base in zip(times, seconds["unattached"], strict=True)]
+        for name, times in seconds.items()
+    }
+    summary = {
+        name: {
+            "median": statistics.median(values),
+            "lowest": min(values),
+            "highest": max(values),
+        }
+        for name, values in ratios.items()
+    }
+    path = write_result(
+        arguments.name,
+        {
+            "claim": f"the attached step takes at most {LIMIT} times the unattached one",
+            "holds": summary["attached"]["median"] <= LIMIT,
+            "ratio_to_unattached": summary,
+            "seconds_per_step": seconds,
+            "config": config.model_dump(mode="json"),
+            "threads": torch.get_num_threads(),
+        },
+        allow_dirty=arguments.allow_dirty,
+    )
+    for name, values in summary.items():
+        print(f"{name:<32}{values['median']:.3f} [{values['lowest']:.3f}, {values['highest']:.3f}]")
+    print(path)
+
+
+def measure(
+    variants: dict[str, Callable[[int], None]], *, rounds: int, steps: int
+) -> dict[str, list[float]]:
+    """Times the variants in turn, after one round that is not counted; seconds per step."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds + 1):
+        for name, step in variants.items():
+            started = time.process_time()
+            for offset in range(steps):
+                step(number * steps + offset)
+            if number:
+                seconds[name].append((time.process_time() - started) / steps)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()

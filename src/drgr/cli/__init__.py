@@ -1,0 +1,5 @@
+"""The command line: arguments and exit codes only."""
+
+from drgr.cli.main import main
+
+__all__ = ["main"]

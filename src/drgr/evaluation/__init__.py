@@ -1,0 +1,17 @@
+"""How good a model is on each domain, and what each domain receives.
+
+Reading order: ``domains`` (measure), ``records`` (write down).
+"""
+
+from drgr.evaluation.domains import DomainScores, evaluate_domains, token_losses
+from drgr.evaluation.records import evaluation_record, layer_record, named, validation_record
+
+__all__ = [
+    "DomainScores",
+    "evaluate_domains",
+    "evaluation_record",
+    "layer_record",
+    "named",
+    "token_losses",
+    "validation_record",
+]

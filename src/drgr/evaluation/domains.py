@@ -1,0 +1,159 @@
+"""Held-out losses, expert use and compute of each domain."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from drgr.collectives import rank, sum_over_processes, world_size
+from drgr.data import Batch, Corpus, evaluation_batches
+from drgr.integrations.transformers import Attachment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainScores:
+    """Sums over the evaluated tokens of each domain, over all processes.
+
+    Attributes:
+        domains: Names, ``G`` of them.
+        loss_sums: Summed token losses in nats, shape ``(G,)``, float64.
+        num_tokens: Tokens predicted, shape ``(G,)``, int64.
+        expert_load: Assignments by layer, domain and expert, shape ``(L, G, E)``, int64.
+        bytes_per_token: UTF-8 bytes per token of each domain's split, shape ``(G,)``, float64.
+        limit: Assignments that the budget allows for these tokens, over all layers.
+    """
+
+    domains: tuple[str, ...]
+    loss_sums: Tensor
+    num_tokens: Tensor
+    expert_load: Tensor
+    bytes_per_token: Tensor
+    limit: int
+
+    @property
+    def losses(self) -> Tensor:
+        """Mean token loss in nats, shape ``(G,)``; NaN for a domain without tokens."""
+        return self.loss_sums / self.num_tokens
+
+    @property
+    def bits_per_byte(self) -> Tensor:
+        """Mean loss in bits per UTF-8 byte, shape ``(G,)``."""
+        return self.losses / math.log(2) / self.bytes_per_token
+
+    @property
+    def experts_per_token(self) -> Tensor:
+        """Mean experts of a token and layer, shape ``(G,)``."""
+        num_layers = self.expert_load.shape[0]
+        return self.expert_load.sum(dim=(0, 2)) / (self.num_tokens * num_layers)
+
+    @property
+    def spend(self) -> int:
+        """Assignments that ran, over all layers."""
+        return int(self.expert_load.sum())
+
+    @property
+    def worst(self) -> int:
+        """Index of the domain with the most bits per byte."""
+        return int(self.bits_per_byte.argmax())
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the cross entropy of each token in nats, ``(B, S)``, computed in float32 at least."""
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return losses.view_as(labels)
+
+
+def evaluate_domains(
+    attachment: Attachment,
+    corpus: Corpus,
+    *,
+    split: str,
+    max_windows: int | None,
+    sequence_length: int,
+    batch_size: int,
+    group: ProcessGroup | None = None,
+    autocast: torch.dtype | None = None,
+) -> DomainScores:
+    """Evaluates a model on fixed windows of every domain of a split.
+
+    Tokens route by themselves at the frozen batch price. Nothing of the model or its routing
+    changes.
+
+    Args:
+        attachment: The attached model.
+        corpus: Where the windows come from.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        max_windows: Windows of each domain at most, evenly spread; all by default.
+        sequence_length: Tokens predicted in a window.
+        batch_size: Windows in a forward pass.
+        group: Processes that share the work; each evaluates a part, all return the whole.
+        autocast: Dtype of matrix products, or ``None`` for that of the weights.
+
+    Returns:
+        Sums over all processes.
+    """
+    model = attachment.model
+    device = next(model.parameters()).device
+    totals = _Totals(attachment, len(corpus.domains), device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            for index, domain in enumerate(corpus.domains):
+                batches = evaluation_batches(
+                    corpus,
+                    split=split,
+                    domain=domain,
+                    batch_size=batch_size,
+                    sequence_length=sequence_length,
+                    max_windows=max_windows,
+                )
+                for number, batch in enumerate(batches):
+                    if number % world_size(group) == rank(group):
+                        totals.add(model, index, batch)
+    finally:
+        model.train(was_training)
+    return totals.summed(corpus, split, group)
+
+
+class _Totals:
+    """Running sums of one evaluation."""
+
+    def __init__(self, attachment: Attachment, num_domains: int, device: torch.device) -> None:
+        self._attachment = attachment
+        num_experts = attachment.policies[0].controller.prices.shape[0]
+        shape = (len(attachment.layer_names), num_domains, num_experts)
+        self._device = device
+        self._loss_sums = torch.zeros(num_domains, dtype=torch.float64, device=device)
+        self._num_tokens = torch.zeros(num_domains, dtype=torch.int64, device=device)
+        self._load = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._limit = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add(self, model: nn.Module, domain: int, batch: Batch) -> None:
+        """Adds one batch of a single domain."""
+        with self._attachment.record() as records:
+            output: Any = model(input_ids=batch.input_ids.to(self._device), use_cache=False)
+        losses = token_losses(output.logits, batch.labels.to(self._device))
+        self._loss_sums[domain] += losses.double().sum()
+        self._num_tokens[domain] += losses.numel()
+        for layer, routing in enumerate(records):
+            self._load[layer, domain] += routing.plan.expert_load
+            self._limit += routing.selection.limit
+
+    def summed(self, corpus: Corpus, split: str, group: ProcessGroup | None) -> DomainScores:
+        """Returns the sums over all processes, on the CPU."""
+        ratios = [corpus.bytes_per_token(split, domain) for domain in corpus.domains]
+        return DomainScores(
+            domains=tuple(corpus.domains),
+            loss_sums=sum_over_processes(self._loss_sums, group).cpu(),
+            num_tokens=sum_over_processes(self._num_tokens, group).cpu(),
+            expert_load=sum_over_processes(self._load, group).cpu(),
+            bytes_per_token=torch.tensor(ratios, dtype=torch.float64),
+            limit=int(sum_over_processes(self._limit, group)),
+        )

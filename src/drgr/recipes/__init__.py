@@ -1,0 +1,12 @@
+"""Complete run configurations, one function each.
+
+A recipe is any function without arguments that returns a :class:`drgr.training.RunConfig`; the
+command line also takes ``package.module:function``.
+"""
+
+from drgr.recipes.drgr_8 import demo, erm, qwen3_moe, uniform
+
+RECIPES = {"demo": demo, "erm": erm, "uniform": uniform, "qwen3-moe": qwen3_moe}
+"""Recipes by the name that the command line takes."""
+
+__all__ = ["RECIPES", "demo", "erm", "qwen3_moe", "uniform"]

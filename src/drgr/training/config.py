@@ -1,0 +1,365 @@
+"""The full configuration of a run: frozen, validated, written to and read from plain files.
+
+Components never see these classes; ``build`` turns them into objects.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from drgr.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+
+# Settings that change what is written and shown, never what is computed: a run may be resumed with
+# other values of them.
+_PRESENTATION = ("log_every", "checkpoint_every", "keep")
+
+
+class DataConfig(BaseModel):
+    """What is read and what is drawn."""
+
+    model_config = _STRICT
+
+    corpus: str = "drgr-8"
+    """A built-in corpus, or the path of a domain file."""
+    vocabulary_size: Annotated[int, Field(ge=258)] = 2048
+    """Size of the byte-level BPE tokenizer that is trained on the corpus."""
+    tokenizer: str | None = None
+    """A Hugging Face tokenizer by name or path, instead of a trained one."""
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    skip_unreadable: bool = False
+    """Whether files that are not text are left out (and listed) instead of stopping the run."""
+    sampling: dict[str, NotNegative] | Literal["natural", "uniform"] = "natural"
+    """Share of each domain in the training batches; ``natural`` is its share of the tokens."""
+
+
+class TinyModelConfig(BaseModel):
+    """A small random model."""
+
+    model_config = _STRICT
+
+    kind: Literal["tiny-olmoe", "tiny-qwen3-moe"] = "tiny-olmoe"
+    hidden_size: Count = 192
+    expert_size: Count = 192
+    num_layers: Count = 4
+    num_heads: Count = 4
+    num_experts: Count = 8
+
+
+class PretrainedModelConfig(BaseModel):
+    """A checkpoint that transformers can load."""
+
+    model_config = _STRICT
+
+    kind: Literal["pretrained"]
+    path: str
+    """A local directory, or a hub name where there is a network."""
+
+
+class BudgetConfig(BaseModel):
+    """Bounds on each layer's compute, see :class:`drgr.budgets.TokenBudget`."""
+
+    model_config = _STRICT
+
+    unit: Literal["experts", "flops"] = "experts"
+    """Experts per token, or forward FLOPs of a layer's experts per token."""
+    minimum: NotNegative = 1
+    maximum: Positive = 4
+    average: Positive = 2
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "BudgetConfig":
+        if self.minimum > self.maximum:
+            raise ValueError(
+                f"minimum must be at most maximum, got {self.minimum:g} and {self.maximum:g}; "
+                f"lower the minimum or raise the maximum"
+            )
+        if self.average < self.minimum:
+            raise ValueError(
+                f"average must be at least minimum, got {self.average:g} and {self.minimum:g}; "
+                f"every token costs the minimum already"
+            )
+        if self.average > self.maximum:
+            raise ValueError(
+                f"average must be at most maximum, got {self.average:g} and {self.maximum:g}; "
+                f"tokens cannot use the rest"
+            )
+        if self.unit == "experts" and (self.minimum % 1 or self.maximum % 1):
+            raise ValueError(
+                f"minimum and maximum must be whole numbers of experts, got {self.minimum:g} and "
+                f"{self.maximum:g}; only the average may be fractional"
+            )
+        return self
+
+
+class NoControllerConfig(BaseModel):
+    """No expert prices."""
+
+    model_config = _STRICT
+
+    kind: Literal["none"] = "none"
+
+
+class SignBiasConfig(BaseModel):
+    """See :class:`drgr.routing.SignBias`."""
+
+    model_config = _STRICT
+
+    kind: Literal["sign-bias"]
+    step_size: Positive = 1e-3
+
+
+class QuantileConfig(BaseModel):
+    """See :class:`drgr.routing.QuantileBalancing`."""
+
+    model_config = _STRICT
+
+    kind: Literal["quantile"] = "quantile"
+    smoothing: Share = 0.0
+
+
+ControllerConfig = Annotated[
+    NoControllerConfig | SignBiasConfig | QuantileConfig, Field(discriminator="kind")
+]
+
+
+class RoutingConfig(BaseModel):
+    """Budget and balance of every MoE layer."""
+
+    model_config = _STRICT
+
+    budget: BudgetConfig = BudgetConfig()
+    controller: ControllerConfig = QuantileConfig()
+    auxiliary_coefficient: NotNegative = 0.0
+    """Weight of the Switch load-balancing loss, averaged over layers."""
+    price_smoothing: Share = 0.9
+
+
+class RobustnessConfig(BaseModel):
+    """The adversary over domains."""
+
+    model_config = _STRICT
+
+    apply_to: Literal["nothing", "objective", "sampling"] = "sampling"
+    """Where the adversary's weights go; with ``nothing`` they are only reported."""
+    divergence: Literal["kl", "chi-square"] = "kl"
+    penalty: Positive | None = 1.0
+    """Strength of the penalised adversary, in the unit of the losses; smaller is stronger."""
+    radius: NotNegative | None = None
+    """Radius of the constrained adversary; give either this or ``penalty``."""
+    losses: Literal["validation", "train"] = "validation"
+    unit: Literal["bits-per-byte", "nats-per-token"] = "bits-per-byte"
+    """Token means either way; bits per byte makes tokenizations of different domains comparable."""
+    reference: Path | None = None
+    """File of reference losses in nats per token, or a previous run's evaluation: the adversary
+    then sees the excess over them."""
+    nominal: Literal["uniform", "sampling"] = "uniform"
+    smoothing: Share = 0.7
+    """Share of the old estimate that an update of a domain's loss keeps."""
+    every: Count = 10
+    """Steps between updates of the weights."""
+    windows: Count = 2
+    """Held-out sequences of each domain at an update."""
+    alarm_below: Positive = 1.5
+    """Effective number of domains below which the weights are reported as nearly one-hot."""
+
+    @model_validator(mode="after")
+    def _check_strength(self) -> "RobustnessConfig":
+        if (self.penalty is None) == (self.radius is None):
+            raise ValueError(
+                f"exactly one of penalty and radius must be set, got penalty {self.penalty} and "
+                f"radius {self.radius}; set the other to null"
+            )
+        return self
+
+
+class TrainingConfig(BaseModel):
+    """Optimisation, precision, and how often things are written."""
+
+    model_config = _STRICT
+
+    steps: Count = 300
+    batch_size: Count = 16
+    """Sequences per step over all processes and micro-batches."""
+    accumulation: Count = 1
+    """Micro-batches per step."""
+    learning_rate: Positive = 2e-3
+    final_learning_rate: Share = 0.1
+    """Learning rate at the last step, as a share of the highest."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 20
+    weight_decay: NotNegative = 0.1
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    clip_norm: Positive = 1.0
+    seed: Annotated[int, Field(ge=0)] = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast dtype; ``auto`` is bfloat16 on a GPU and float32 on a CPU."""
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    log_every: Count = 10
+    evaluate_every: Count = 100
+    evaluation_windows: Count = 8
+    """Sequences of each domain in an evaluation on the validation split."""
+    test_windows: Count = 64
+    """Sequences of each domain in the final evaluation on the test split."""
+    checkpoint_every: Count = 100
+    keep: Count = 2
+
+
+class RunConfig(BaseModel):
+    """Everything that determines a run."""
+
+    model_config = _STRICT
+
+    name: str = "run"
+    data: DataConfig = DataConfig()
+    model: TinyModelConfig | PretrainedModelConfig = Field(
+        default=TinyModelConfig(), discriminator="kind"
+    )
+    routing: RoutingConfig = RoutingConfig()
+    robustness: RobustnessConfig = RobustnessConfig()
+    training: TrainingConfig = TrainingConfig()
+
+    def to_json(self) -> str:
+        """Returns the configuration as indented JSON."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    def fingerprint(self, corpus_fingerprint: str) -> str:
+        """Returns a hash of all that the course of training depends on, the corpus included."""
+        content = self.model_dump(
+            mode="json", exclude={"name": True, "training": set(_PRESENTATION)}
+        )
+        encoded = json.dumps([content, corpus_fingerprint], sort_keys=True).encode()
+        return hashlib.sha256(encoded).hexdigest()[:16]
+
+
+def parse_config(content: Mapping[str, Any]) -> RunConfig:
+    """Validates a nested mapping.
+
+    Raises:
+        ConfigError: With one line for each problem: the dotted key, its value and what to do.
+    """
+    try:
+        return RunConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [_describe(dict(problem)) for problem in error.errors()]
+        raise ConfigError("\n".join(problems)) from None
+
+
+# JSON is not quite a part of YAML: an escaped pair of surrogates is two characters there.
+_PARSERS: dict[str, Callable[[str], Any]] = {".toml": tomllib.loads, ".json": json.loads}
+
+
+def read_config(path: Path) -> RunConfig:
+    """Reads a configuration from a ``.json``, ``.toml``, ``.yaml`` or ``.yml`` file.
+
+    Raises:
+        ConfigError: If the file is missing, cannot be parsed, or is not a valid configuration.
+    """
+    try:
+        content = _PARSERS.get(path.suffix, yaml.safe_load)(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration {path} does not exist; name a recipe or a file") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"configuration {path} cannot be read: {error}; repair it") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"configuration {path} must hold a table of settings, got {content!r}")
+    return parse_config(content)
+
+
+def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """Returns ``config`` with ``path=value`` assignments applied, such as ``training.steps=50``.
+
+    Values are read as YAML: ``null``, ``[1, 2]`` and ``{a: 1}`` work. Assigning a whole table
+    replaces it, which is how one kind of model or controller is exchanged for another.
+
+    Raises:
+        ConfigError: If an assignment has no ``=``, or the result is not valid.
+    """
+    content: dict[str, Any] = config.model_dump(mode="json")
+    for assignment in assignments:
+        path, separator, value = assignment.partition("=")
+        if not separator or not path.strip():
+            raise ConfigError(f"setting must have the form path=value, got {assignment!r}")
+        *parents, key = path.strip().split(".")
+        table = content
+        for depth, parent in enumerate(parents):
+            child = table.get(parent)
+            if not isinstance(child, dict):
+                raise ConfigError(_no_table(".".join(parents[: depth + 1]), assignment))
+            table = child
+        table[key] = _parse_value(value, assignment)
+    return parse_config(content)
+
+
+def _parse_value(value: str, assignment: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"the value of setting {assignment!r} is not YAML: {reason}; put text into quotes"
+        ) from error
+
+
+def _no_table(path: str, assignment: str) -> str:
+    if path not in known_keys():
+        return _unknown_key(path)
+    return f"{path} holds one value, no settings of its own, got {assignment!r}; set it as a whole"
+
+
+def _describe(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(".".join(_without_tags(location)))
+    path = ".".join(_without_tags(location)) or "configuration"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    value = problem["input"]
+    shown = f", got {value!r}" if not isinstance(value, (dict, BaseModel)) else ""
+    return f"{path}: {message}{shown}"
+
+
+def _without_tags(location: Sequence[str]) -> list[str]:
+    """Drops the union tags that the validation library puts into a path."""
+    tags = {"tiny-olmoe", "tiny-qwen3-moe", "pretrained", "none", "sign-bias", "quantile"}
+    return [part for part in location if part not in tags and "[" not in part]
+
+
+def _unknown_key(path: str) -> str:
+    nearest = difflib.get_close_matches(path, known_keys(), n=1, cutoff=0.0)[0]
+    return f"{path} is not a setting; the nearest is {nearest}"
+
+
+def known_keys() -> list[str]:
+    """Returns the dotted path of every setting, of every alternative."""
+    return sorted(set(_keys_of(RunConfig, "")))
+
+
+def _keys_of(model: type[BaseModel], prefix: str) -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{name}"
+        keys.append(path)
+        for child in _model_types(field.annotation):
+            keys.extend(_keys_of(child, f"{path}."))
+    return keys
+
+
+def _model_types(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _model_types(part)]

@@ -1,0 +1,320 @@
+"""From a configuration to the objects of a run: the only place where the two meet."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from drgr.ambiguity import KL, ChiSquare, load_reference_losses
+from drgr.budgets import TokenBudget, budget_from_flops
+from drgr.budgets.flops import FlopModel
+from drgr.collectives import world_size
+from drgr.data import Corpus, check_sequence_length
+from drgr.errors import ConfigError
+from drgr.integrations.transformers import Attachment, attach, find_sites
+from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
+from drgr.routing import ControllerFactory, NoPrices, QuantileBalancing, SignBias
+from drgr.training.adversary import DomainAdversary
+from drgr.training.config import (
+    BudgetConfig,
+    ControllerConfig,
+    NoControllerConfig,
+    PretrainedModelConfig,
+    QuantileConfig,
+    RunConfig,
+    SignBiasConfig,
+    TinyModelConfig,
+)
+from drgr.training.step import StepSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunObjects:
+    """Everything that a run works with.
+
+    Attributes:
+        config: Where it came from.
+        corpus: What is read.
+        attachment: The model with its routing policies.
+        forward_model: The model, or its data-parallel wrapper.
+        optimizer: AdamW over all parameters.
+        adversary: Domain weights.
+        settings: What a step needs.
+        budget: The budget of each layer, in experts.
+        flops: What the model costs.
+        group: The processes of the run; ``None`` for one process.
+    """
+
+    config: RunConfig
+    corpus: Corpus
+    attachment: Attachment
+    forward_model: nn.Module
+    optimizer: torch.optim.Optimizer
+    adversary: DomainAdversary
+    settings: StepSettings
+    budget: TokenBudget
+    flops: FlopModel
+    group: ProcessGroup | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.attachment.model.parameters()).device
+
+
+def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
+    """Builds the objects of a run, checking what only shows when settings meet data and model.
+
+    Raises:
+        ConfigError: If settings clash with each other, with the corpus or with the processes.
+        DataError: If a domain is shorter than a sequence.
+        UnknownRouterError: If the model cannot be attached to.
+    """
+    _check_batch_split(config)
+    check_sequence_length(corpus, config.data.sequence_length)
+    sampling = sampling_weights(config, corpus)
+    device = choose_device(config)
+    torch.manual_seed(config.training.seed)
+    model = _build_model(config, corpus).to(device)
+    if config.training.gradient_checkpointing:
+        model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    experts = {site.name: site.experts for site in find_sites(model)}
+    flops = measure_flops(model, experts)
+    budget = build_budget(config.routing.budget, flops)
+    # A group of its own keeps the selection's collectives in order among themselves, whatever the
+    # gradient engine sends meanwhile.
+    group = dist.new_group() if world_size() > 1 else None
+    attachment = _attach(config, model, budget, group)
+    return RunObjects(
+        config=config,
+        corpus=corpus,
+        attachment=attachment,
+        forward_model=_forward_model(config, model, device),
+        optimizer=torch.optim.AdamW(
+            model.parameters(),
+            lr=config.training.learning_rate,
+            betas=(config.training.beta1, config.training.beta2),
+            weight_decay=config.training.weight_decay,
+        ),
+        adversary=build_adversary(config, corpus, sampling),
+        settings=_step_settings(config, device, group),
+        budget=budget,
+        flops=flops,
+        group=group,
+    )
+
+
+def sampling_weights(config: RunConfig, corpus: Corpus) -> Tensor:
+    """Returns the base share of each domain in the batches, shape ``(G,)``, float64, summing to 1.
+
+    Raises:
+        ConfigError: If the configured domains are not those of the corpus, or all shares are zero.
+    """
+    sampling = config.data.sampling
+    if sampling == "uniform":
+        return torch.full((len(corpus.domains),), 1 / len(corpus.domains), dtype=torch.float64)
+    if sampling == "natural":
+        return torch.from_numpy(np.asarray(corpus.natural_weights(), dtype=np.float64).copy())
+    if set(sampling) != set(corpus.domains):
+        raise ConfigError(
+            f"data.sampling must name the domains of corpus {corpus.name}, {list(corpus.domains)}, "
+            f"got {list(sampling)}"
+        )
+    shares = torch.tensor([sampling[name] for name in corpus.domains], dtype=torch.float64)
+    if not shares.sum() > 0:
+        raise ConfigError("data.sampling must give at least one domain a share above 0, got all 0")
+    return shares / shares.sum()
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """Returns the device of this process.
+
+    Raises:
+        ConfigError: If a GPU is asked for and there is none.
+    """
+    wanted = config.training.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "training.device is cuda, but PyTorch finds no CUDA device; use auto or cpu"
+        )
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_budget(config: BudgetConfig, flops: FlopModel) -> TokenBudget:
+    """Returns the budget of each layer in experts.
+
+    Raises:
+        ConfigError: If bounds in FLOPs leave no whole number of experts.
+    """
+    if config.unit == "flops":
+        try:
+            return budget_from_flops(
+                minimum=config.minimum,
+                maximum=config.maximum,
+                average=config.average,
+                flops_per_assignment=flops.per_assignment,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"routing.budget in FLOPs, at {flops.per_assignment:g} an expert: {error}"
+            ) from error
+    return TokenBudget(
+        minimum=int(config.minimum), maximum=int(config.maximum), average=config.average
+    )
+
+
+def build_controller(config: ControllerConfig) -> ControllerFactory:
+    """Returns what builds a layer's controller of expert prices."""
+    match config:
+        case NoControllerConfig():
+            return lambda experts, device: NoPrices(experts, device=device)
+        case SignBiasConfig(step_size=step_size):
+            return lambda experts, device: SignBias(experts, step_size=step_size, device=device)
+        case QuantileConfig(smoothing=smoothing):
+            return lambda experts, device: QuantileBalancing(
+                experts, smoothing=smoothing, device=device
+            )
+        case _:
+            assert_never(config)
+
+
+def build_adversary(config: RunConfig, corpus: Corpus, sampling: Tensor) -> DomainAdversary:
+    """Returns the adversary over the corpus's domains."""
+    settings = config.robustness
+    num_domains = len(corpus.domains)
+    uniform = torch.full((num_domains,), 1 / num_domains, dtype=torch.float64)
+    unit = torch.ones(num_domains, dtype=torch.float64)
+    if settings.unit == "bits-per-byte":
+        # One tokenizer serves all splits, so the ratio of the largest split is used.
+        ratios = [corpus.bytes_per_token("train", domain) for domain in corpus.domains]
+        unit = 1 / (torch.tensor(ratios, dtype=torch.float64) * float(np.log(2)))
+    reference = None
+    if settings.reference is not None:
+        reference = load_reference_losses(settings.reference, corpus.domains)
+    return DomainAdversary(
+        divergence=KL() if settings.divergence == "kl" else ChiSquare(),
+        penalty=settings.penalty,
+        radius=settings.radius,
+        sampling=sampling,
+        nominal=sampling if settings.nominal == "sampling" else uniform,
+        apply_to=settings.apply_to,
+        unit=unit,
+        smoothing=settings.smoothing,
+        reference=reference,
+    )
+
+
+def autocast_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:
+    """Returns the dtype of matrix products, or ``None`` where none is changed."""
+    precision = config.training.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+def _check_batch_split(config: RunConfig) -> None:
+    parts = world_size() * config.training.accumulation
+    if config.training.batch_size % parts:
+        raise ConfigError(
+            f"training.batch_size must be a multiple of processes x training.accumulation, got "
+            f"{config.training.batch_size} for {world_size()} x {config.training.accumulation}"
+        )
+
+
+def _build_model(config: RunConfig, corpus: Corpus) -> Any:
+    model = config.model
+    match model:
+        case PretrainedModelConfig(path=path):
+            loaded = load_pretrained(path)
+            _check_vocabulary(loaded, corpus, path)
+            return loaded
+        case TinyModelConfig():
+            return _build_tiny(config, model, corpus.vocabulary_size)
+        case _:
+            assert_never(model)
+
+
+def _build_tiny(config: RunConfig, model: TinyModelConfig, vocabulary_size: int) -> Any:
+    build = tiny_olmoe if model.kind == "tiny-olmoe" else tiny_qwen3_moe
+    try:
+        return build(
+            vocabulary_size=vocabulary_size,
+            hidden_size=model.hidden_size,
+            expert_size=model.expert_size,
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            num_experts=model.num_experts,
+            max_positions=max(512, config.data.sequence_length),
+            seed=config.training.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _check_vocabulary(model: Any, corpus: Corpus, path: str) -> None:
+    if corpus.vocabulary_size > model.config.vocab_size:
+        raise ConfigError(
+            f"model {path} knows {model.config.vocab_size} tokens, but corpus {corpus.name} has "
+            f"{corpus.vocabulary_size}; set data.tokenizer to the model's own tokenizer"
+        )
+
+
+def _attach(
+    config: RunConfig, model: nn.Module, budget: TokenBudget, group: ProcessGroup | None
+) -> Attachment:
+    try:
+        return attach(
+            model,
+            budget=budget,
+            controller=build_controller(config.routing.controller),
+            price_smoothing=config.routing.price_smoothing,
+            group=group,
+        )
+    except ValueError as error:
+        raise ConfigError(f"routing.budget: {error}") from error
+
+
+def _forward_model(config: RunConfig, model: Any, device: torch.device) -> nn.Module:
+    if config.training.compile:
+        model.compile()
+    if world_size() == 1:
+        return model  # type: ignore[no-any-return]
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _step_settings(
+    config: RunConfig, device: torch.device, group: ProcessGroup | None
+) -> StepSettings:
+    return StepSettings(
+        batch_size=config.training.batch_size,
+        accumulation=config.training.accumulation,
+        sequence_length=config.data.sequence_length,
+        seed=config.training.seed,
+        auxiliary_coefficient=config.routing.auxiliary_coefficient,
+        clip_norm=config.training.clip_norm,
+        autocast=autocast_dtype(config, device),
+        group=group,
+    )
+
+
+def resolve_cache(cache: Path | None) -> Path:
+    """Returns the cache directory: the one given, else ``DRGR_CACHE``, else the platform's."""
+    from platformdirs import user_cache_path  # noqa: PLC0415 - an optional dependency
+
+    if cache is not None:
+        return cache
+    configured = os.environ.get("DRGR_CACHE")
+    return Path(configured) if configured else user_cache_path("drgr")

@@ -1,0 +1,275 @@
+"""One optimizer step: forward and backward over the micro-batches of every process."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from drgr.ambiguity import domain_sums
+from drgr.collectives import rank, sum_over_processes, world_size
+from drgr.data import Batch, Corpus, draw_batch
+from drgr.evaluation import token_losses
+from drgr.integrations.transformers import Attachment
+from drgr.routing import LayerRouting, load_balancing_loss
+from drgr.training.adversary import DomainWeights, as_array
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSettings:
+    """What stays the same from step to step.
+
+    Attributes:
+        batch_size: Sequences per step over all processes and micro-batches.
+        accumulation: Micro-batches per step and process.
+        sequence_length: Tokens of a sequence.
+        seed: Seed of the batches.
+        auxiliary_coefficient: Weight of the load-balancing loss, averaged over layers.
+        clip_norm: Largest norm of the gradient.
+        autocast: Dtype of matrix products, or ``None`` for that of the weights.
+        group: Processes of the run.
+    """
+
+    batch_size: int
+    accumulation: int
+    sequence_length: int
+    seed: int
+    auxiliary_coefficient: float
+    clip_norm: float
+    autocast: torch.dtype | None
+    group: ProcessGroup | None
+
+    @property
+    def rows(self) -> tuple[range, ...]:
+        """The rows of the global batch that each micro-batch of this process holds."""
+        size = self.batch_size // (world_size(self.group) * self.accumulation)
+        first = rank(self.group) * size * self.accumulation
+        return tuple(
+            range(first + number * size, first + (number + 1) * size)
+            for number in range(self.accumulation)
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class StepTotals:
+    """Sums of one step, or of several; float64 on the CPU, over all processes.
+
+    Attributes:
+        loss_sums: Token losses in nats by domain, shape ``(G,)``.
+        num_tokens: Tokens by domain, shape ``(G,)``.
+        assignments: Assignments by domain over all layers, shape ``(G,)``.
+        expert_load: Assignments by layer and expert, shape ``(L, E)``.
+        spend: Assignments by layer, shape ``(L,)``.
+        limit: Assignments allowed by layer, shape ``(L,)``.
+        over: Selections that exceeded their limit, scalar. Always 0.
+        objective: Sum over steps of the weighted loss in nats, scalar.
+        auxiliary: Sum over steps of the weighted load-balancing loss, scalar.
+        gradient_norm: Sum over steps of the gradient's norm before clipping, scalar.
+        steps: Number of steps, scalar.
+    """
+
+    loss_sums: Tensor
+    num_tokens: Tensor
+    assignments: Tensor
+    expert_load: Tensor
+    spend: Tensor
+    limit: Tensor
+    over: Tensor
+    objective: Tensor
+    auxiliary: Tensor
+    gradient_norm: Tensor
+    steps: Tensor
+
+    @classmethod
+    def zeros(cls, *, num_domains: int, num_layers: int, num_experts: int) -> "StepTotals":
+        """Returns the totals of no step."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        return cls(
+            loss_sums=zeros(num_domains),
+            num_tokens=zeros(num_domains),
+            assignments=zeros(num_domains),
+            expert_load=zeros(num_layers, num_experts),
+            spend=zeros(num_layers),
+            limit=zeros(num_layers),
+            over=zeros(),
+            objective=zeros(),
+            auxiliary=zeros(),
+            gradient_norm=zeros(),
+            steps=zeros(),
+        )
+
+    def to_dict(self) -> dict[str, Tensor]:
+        """Returns the fields by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def add_(self, other: "StepTotals") -> None:
+        """Adds other steps to these."""
+        for name, value in self.to_dict().items():
+            value.add_(getattr(other, name))
+
+
+def train_step(
+    forward_model: nn.Module,
+    attachment: Attachment,
+    optimizer: torch.optim.Optimizer,
+    corpus: Corpus,
+    settings: StepSettings,
+    *,
+    step: int,
+    weights: DomainWeights,
+) -> StepTotals:
+    """Takes one optimizer step, unless its loss or gradient is not finite.
+
+    The objective is ``(1/N) sum_t w_d(t) l_t`` over the ``N`` tokens of the step in all processes,
+    plus the weighted load-balancing loss. Splitting a batch over processes or micro-batches changes
+    nothing but rounding, save that an exact batch budget holds in each micro-batch.
+
+    Args:
+        forward_model: The model, or its data-parallel wrapper.
+        attachment: The attachment of the model.
+        optimizer: Optimizer over the model's parameters; its learning rate is set.
+        corpus: Where batches are drawn from.
+        settings: See :class:`StepSettings`.
+        step: Number of steps taken before; determines the batch.
+        weights: Sampling and objective weights.
+
+    Returns:
+        The totals of the step. If ``is_finite`` says no, the parameters were not changed.
+    """
+    sums = _LocalSums(attachment, len(corpus.domains))
+    forward_model.train()
+    optimizer.zero_grad(set_to_none=True)
+    for number, rows in enumerate(settings.rows):
+        batch = draw_batch(
+            corpus,
+            step=step,
+            seed=settings.seed,
+            weights=as_array(weights.sampling),
+            batch_size=settings.batch_size,
+            sequence_length=settings.sequence_length,
+            rows=rows,
+        )
+        _micro_batch(
+            forward_model,
+            attachment,
+            batch,
+            settings=settings,
+            weights=weights,
+            sums=sums,
+            is_last=number == settings.accumulation - 1,
+        )
+    norm = nn.utils.clip_grad_norm_(attachment.model.parameters(), settings.clip_norm)
+    totals = sums.totals(norm, settings.group)
+    if is_finite(totals):
+        optimizer.step()
+        attachment.update()
+    return totals
+
+
+def is_finite(totals: StepTotals) -> bool:
+    """Whether all losses and the gradient of the steps are finite numbers."""
+    values = (totals.loss_sums.sum(), totals.objective, totals.auxiliary, totals.gradient_norm)
+    return all(math.isfinite(float(value)) for value in values)
+
+
+class _LocalSums:
+    """What this process adds up over its micro-batches."""
+
+    def __init__(self, attachment: Attachment, num_domains: int) -> None:
+        device = next(attachment.model.parameters()).device
+        num_layers = len(attachment.layer_names)
+        num_experts = attachment.policies[0].controller.prices.shape[0]
+        self.local = torch.zeros(3, num_domains, dtype=torch.float64, device=device)
+        self.load = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        self.scalars = torch.zeros(2, dtype=torch.float64, device=device)
+        # Spend and limit are those of the whole batch already, on every process.
+        self.shared = torch.zeros(2, num_layers, dtype=torch.int64, device=device)
+        self.over = torch.zeros((), dtype=torch.int64, device=device)
+
+    def totals(self, gradient_norm: Tensor, group: ProcessGroup | None) -> StepTotals:
+        """Sums over processes, in one collective."""
+        packed = torch.cat([self.local.flatten(), self.load.flatten().double(), self.scalars])
+        packed = sum_over_processes(packed, group).cpu()
+        local, load, scalars = packed.split([self.local.numel(), self.load.numel(), 2])
+        loss_sums, num_tokens, assignments = local.view_as(self.local)
+        spend, limit = self.shared.double().cpu()
+        return StepTotals(
+            loss_sums=loss_sums,
+            num_tokens=num_tokens,
+            assignments=assignments,
+            expert_load=load.view_as(self.load),
+            spend=spend,
+            limit=limit,
+            over=self.over.double().cpu(),
+            objective=scalars[0],
+            auxiliary=scalars[1] / world_size(group),
+            gradient_norm=gradient_norm.detach().double().cpu(),
+            steps=torch.ones((), dtype=torch.float64),
+        )
+
+
+def _micro_batch(
+    forward_model: nn.Module,
+    attachment: Attachment,
+    batch: Batch,
+    *,
+    settings: StepSettings,
+    weights: DomainWeights,
+    sums: _LocalSums,
+    is_last: bool,
+) -> None:
+    """Adds the gradient of one micro-batch, and its sums."""
+    device = sums.local.device
+    if isinstance(forward_model, DistributedDataParallel):
+        forward_model.require_backward_grad_sync = is_last
+    with torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None):
+        with attachment.record() as records:
+            output: Any = forward_model(input_ids=batch.input_ids.to(device), use_cache=False)
+        losses = token_losses(output.logits, batch.labels.to(device))
+        domain = batch.domain.to(device)
+        num_domains = sums.local.shape[1]
+        loss_sums, num_tokens = domain_sums(losses, domain, num_domains)
+        tokens_per_step = settings.batch_size * settings.sequence_length
+        objective = (weights.objective.to(loss_sums) * loss_sums).sum() / tokens_per_step
+        _add_records(records, domain, batch.labels.shape[1], sums)
+        attachment.observe(records)
+        auxiliary = _auxiliary(records, settings, sums) / settings.accumulation
+        # Data parallelism averages gradients over processes; the objective is a sum over them.
+        (objective * world_size(settings.group) + auxiliary).backward()
+    sums.local[0] += loss_sums.detach()
+    sums.local[1] += num_tokens
+    sums.scalars[0] += objective.detach()
+    sums.scalars[1] += auxiliary.detach()
+
+
+def _add_records(
+    records: list[LayerRouting], domain: Tensor, sequence_length: int, sums: _LocalSums
+) -> None:
+    """Adds up loads, compute by domain, and spend against limit."""
+    domain_of_token = domain.repeat_interleave(sequence_length)
+    for layer, routing in enumerate(records):
+        sums.load[layer] += routing.plan.expert_load
+        experts = routing.plan.keep.sum(dim=1).double()
+        sums.local[2].index_add_(0, domain_of_token, experts)
+        sums.shared[0, layer] += routing.selection.spend
+        sums.shared[1, layer] += routing.selection.limit
+        sums.over += routing.selection.spend > routing.selection.limit
+
+
+def _auxiliary(records: list[LayerRouting], settings: StepSettings, sums: _LocalSums) -> Tensor:
+    """Averages the load-balancing loss over layers, with the counts of the step so far."""
+    if settings.auxiliary_coefficient == 0:
+        return sums.scalars.new_zeros(())
+    losses = [
+        load_balancing_loss(
+            routing.scores, sums.load[layer], valid=routing.valid, group=settings.group
+        )
+        for layer, routing in enumerate(records)
+    ]
+    return settings.auxiliary_coefficient * torch.stack(losses).mean()
