@@ -112,7 +112,7 @@ def run_method(method: str, seed: int, arguments: argparse.Namespace) -> dict[st
         "worst_domain": record["worst_domain"],
         "bits_per_byte": {k: v["bits_per_byte"] for k, v in record["domains"].items()},
         "effective_domains": record["effective_domains"],
-        "batches_over_budget": record["budget"]["training"]["steps_over"],
+        "batches_over_budget": record["budget"]["training"]["batches_over"],
         "training_spend": record["budget"]["training"],
         "evaluation_spend": record["budget"]["evaluation"],
         "max_violation": [layer["max_violation"] for layer in record["layers"]],

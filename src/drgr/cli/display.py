@@ -145,7 +145,7 @@ def evaluation_summary(record: Record) -> str:
         f"budget                {budget['minimum']} to {budget['maximum']} experts a token, "
         f"{budget['average']:g} on average",
         f"spend in training     {trained['spend']:,} of {trained['budget']:,} assignments, "
-        f"{trained['steps_over']} batches over",
+        f"{trained['batches_over']} batches over",
         f"spend at evaluation   {evaluated['spend']:,} of {evaluated['budget']:,} assignments "
         f"({evaluated['spend'] / max(1, evaluated['budget']):.1%}), at the frozen price",
         f"training FLOPs        {record['flops']:.3e}",

@@ -65,7 +65,7 @@ def evaluation_record(
         budget: The budget of each layer, in experts.
         training: What training leaves: ``train_tokens`` and ``adversarial_weight`` by domain,
             ``effective_domains``, ``flops``, ``seconds``, ``tokens_per_second``, and ``budget``
-            with ``budget``, ``spend`` and ``steps_over``.
+            with ``budget``, ``spend`` and ``batches_over``.
     """
     losses = named(scores.domains, scores.losses)
     bits = named(scores.domains, scores.bits_per_byte)

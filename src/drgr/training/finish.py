@@ -95,6 +95,6 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
         "budget": {
             "budget": int(state.total.limit.sum()),
             "spend": int(state.total.spend.sum()),
-            "steps_over": int(state.total.over),
+            "batches_over": int(state.total.over),
         },
     }

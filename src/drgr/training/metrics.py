@@ -127,6 +127,7 @@ def training_record(
         "experts_per_token": named(domains, window.assignments / (window.num_tokens * num_layers)),
         "budget": int(window.limit.sum()),
         "spend": int(window.spend.sum()),
+        "batches_over": int(window.over),
         "layers": layers,
     }
 
