@@ -123,7 +123,9 @@ def sampling_weights(config: RunConfig, corpus: Corpus) -> Tensor:
     if sampling == "uniform":
         return torch.full((len(corpus.domains),), 1 / len(corpus.domains), dtype=torch.float64)
     if sampling == "natural":
-        return torch.from_numpy(np.asarray(corpus.natural_weights(), dtype=np.float64).copy())
+        declared = corpus.declared_weights()
+        shares = corpus.natural_weights() if declared is None else declared
+        return torch.tensor(shares, dtype=torch.float64)
     if set(sampling) != set(corpus.domains):
         raise ConfigError(
             f"data.sampling must name the domains of corpus {corpus.name}, {list(corpus.domains)}, "
