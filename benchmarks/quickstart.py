@@ -69,7 +69,12 @@ def main() -> None:
         arguments.name,
         {
             "question": "worst-domain and mean bits per byte on the test split at equal FLOPs",
-            "settings": METHODS,
+            "setting": {
+                "corpus": arguments.corpus,
+                "tokens_per_step": arguments.batch_size * sequence_length(arguments),
+                "further": arguments.set,
+            },
+            "methods": METHODS,
             "steps_of_first": arguments.steps,
             "summary": {method: summarise(runs, method) for method in METHODS},
             "runs": runs,
@@ -133,6 +138,13 @@ def affordable_steps(method: str, arguments: argparse.Namespace) -> int:
     passes = held_out_windows / (BACKWARD_SHARE * arguments.batch_size * robustness.every)
     # The frozen price may spend a little more than the average in a held-out pass; 1 % covers it.
     return int(arguments.steps / (1 + 1.01 * passes))
+
+
+def sequence_length(arguments: argparse.Namespace) -> int:
+    from drgr.recipes import demo  # noqa: PLC0415
+    from drgr.training import override  # noqa: PLC0415
+
+    return override(demo(), arguments.set).data.sequence_length
 
 
 def num_domains(arguments: argparse.Namespace) -> int:

@@ -46,6 +46,15 @@ def test_averages_steps_and_micro_batches(priced):
     assert float(batch_price.value) == pytest.approx(0.75 * 0.7 - 0.25 * 0.1)
 
 
+def test_batches_without_a_price_do_not_move_it(priced):
+    batch_price = BatchPrice(smoothing=0.75)
+    step(batch_price, priced(float("nan")))
+    assert batch_price.value is None
+    step(batch_price, priced(0.4), priced(float("nan")))
+    step(batch_price, priced(float("nan")))
+    assert float(batch_price.value) == pytest.approx(0.4)
+
+
 def test_without_smoothing_it_is_the_last_step(priced):
     batch_price = BatchPrice(smoothing=0)
     step(batch_price, priced(0.4))

@@ -48,3 +48,7 @@ def test_one_value_for_each_layer():
 def test_large_counts_lose_no_digit():
     load = torch.tensor([2**40 + 1, 2**40 - 1])
     assert float(max_violation(load)) == 2.0**-40
+
+
+def test_a_layer_without_assignments_is_balanced():
+    assert float(max_violation(torch.zeros(4))) == float(min_violation(torch.zeros(4))) == 0

@@ -24,7 +24,8 @@ class Selection:
         keep: Which candidates run, shape ``(T, maximum)``, bool; true entries come first in a row.
         spend: Assignments kept over all processes, int64 scalar.
         limit: Assignments allowed over all processes, int64 scalar.
-        price: The value that an extra expert had to exceed, scalar in units of the scores.
+        price: The value that an extra expert had to exceed, scalar in units of the scores; NaN where
+            no extra was possible.
     """
 
     expert_ids: Tensor
@@ -160,10 +161,11 @@ def select_at_price(
 def _price_between(ordered: Tensor, num_kept: Tensor) -> Tensor:
     """Returns the middle of the last value kept and the first refused, of the finite ``ordered``.
 
-    With nothing kept it is the best value refused; with nothing refused, the worst value kept.
+    With nothing kept it is the best value refused; with nothing refused, just below the worst value
+    kept; without any candidate there is no price: NaN.
     """
     if ordered.numel() == 0:
-        return ordered.new_zeros(())
+        return ordered.new_full((), torch.nan)
     num_finite = torch.isfinite(ordered).sum()
     last = (num_finite - 1).clamp_min(0)
     kept = ordered[torch.minimum((num_kept - 1).clamp_min(0), last)]
@@ -171,4 +173,7 @@ def _price_between(ordered: Tensor, num_kept: Tensor) -> Tensor:
     middle = (kept + refused) / 2
     # Between neighbouring floats the middle may round up to the value kept, which must exceed it.
     middle = torch.where(middle >= kept, refused, middle)
-    return torch.where(num_finite == 0, torch.zeros_like(middle), middle)
+    below = torch.nextafter(kept, torch.full_like(kept, -torch.inf))
+    middle = torch.where(num_kept >= num_finite, below, middle)
+    middle = torch.where(num_kept == 0, refused, middle)
+    return torch.where(num_finite == 0, torch.full_like(middle, torch.nan), middle)

@@ -38,7 +38,7 @@ def kth_largest(values: Tensor, k: Tensor, group: ProcessGroup | None = None) ->
     num_rows = sum_over_processes(torch.tensor(values.shape[0], device=values.device), group)
     if int(num_rows) == 0:
         raise ValueError("values must have at least one row, got 0; give a batch with valid tokens")
-    position = torch.minimum(k, num_rows) - 1
+    position = torch.minimum(k.clamp_min(1), num_rows) - 1
     if world_size(group) == 1:
         return values.detach().sort(dim=0, descending=True).values[position]
     return _radix_select(values.detach(), position, group)

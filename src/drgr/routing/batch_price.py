@@ -28,25 +28,24 @@ class BatchPrice:
         self._smoothing = smoothing
         self._value = torch.full((), torch.nan, device=device)
         self._observed: list[Tensor] = []
-        self._is_learned = False
 
     @property
     def value(self) -> Tensor | None:
         """The price in units of the scores, scalar; ``None`` before the first step."""
-        return self._value if self._is_learned else None
+        return None if bool(torch.isnan(self._value)) else self._value
 
     def observe(self, routing: LayerRouting) -> None:
         """Keeps the price of one micro-batch; it is the same on every process of the batch."""
         self._observed.append(routing.selection.price.float())
 
     def update(self) -> None:
-        """Moves the average by the mean price of the step's micro-batches."""
+        """Moves the average by the mean price of the micro-batches that had one (not NaN)."""
         if not self._observed:
             return
-        price = torch.stack(self._observed).mean()
-        keep = self._smoothing if self._is_learned else 0.0
-        self._value = price if keep == 0 else keep * self._value + (1 - keep) * price
-        self._is_learned = True
+        price = torch.stack(self._observed).nanmean()
+        average = self._smoothing * self._value + (1 - self._smoothing) * price
+        average = torch.where(torch.isnan(self._value), price, average)
+        self._value = torch.where(torch.isnan(price), self._value, average)
         self._observed = []
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -56,5 +55,4 @@ class BatchPrice:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the average and forgets what was observed."""
         self._value = state["price"].to(self._value)
-        self._is_learned = not bool(torch.isnan(self._value))
         self._observed = []

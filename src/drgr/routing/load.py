@@ -1,5 +1,6 @@
 """How evenly the experts of one layer are used."""
 
+import torch
 from torch import Tensor
 
 
@@ -24,9 +25,7 @@ def max_violation(load: Tensor) -> Tensor:
     Args:
         load: Assignments per expert, shape ``(..., E)``.
     """
-    counts = load.double()
-    mean = counts.mean(dim=-1)
-    return counts.amax(dim=-1) / mean.clamp_min(1 / load.shape[-1]) - 1
+    return _relative_to_mean(load).amax(dim=-1)
 
 
 def min_violation(load: Tensor) -> Tensor:
@@ -35,6 +34,11 @@ def min_violation(load: Tensor) -> Tensor:
     Args:
         load: Assignments per expert, shape ``(..., E)``.
     """
+    return _relative_to_mean(load).amin(dim=-1)
+
+
+def _relative_to_mean(load: Tensor) -> Tensor:
+    """Returns ``c_e / mean(c) - 1`` in float64; 0 where nothing was assigned, which is balanced."""
     counts = load.double()
-    mean = counts.mean(dim=-1)
-    return counts.amin(dim=-1) / mean.clamp_min(1 / load.shape[-1]) - 1
+    mean = counts.mean(dim=-1, keepdim=True)
+    return torch.where(mean > 0, counts / mean, 1.0) - 1

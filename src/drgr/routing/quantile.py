@@ -18,8 +18,8 @@ class QuantileBalancing:
     With token prices ``alpha_t``, the best value that token ``t`` did not take, and target load
     ``c = (all assignments) / E``,
 
-    .. math:: \beta_e \leftarrow \text{the } (c + 1)\text{-th largest over tokens of } s_{te} -
-    \alpha_t ,
+    .. math:: \beta_e \leftarrow \text{the } (c + 1)\text{-th largest of } s_{te} - \alpha_t
+              \text{ over tokens } t ,
 
     after each optimizer step, over all its micro-batches and processes, then centred. There is no
     step size to tune, and dead experts are lifted as well as hot ones lowered. Where every token

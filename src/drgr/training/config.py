@@ -43,8 +43,8 @@ class DataConfig(BaseModel):
     skip_unreadable: bool = False
     """Whether files that are not text are left out (and listed) instead of stopping the run."""
     sampling: dict[str, NotNegative] | Literal["natural", "uniform"] = "natural"
-    """Share of each domain in the training batches; ``natural`` is the weight that a domain file gives
-    it, else its share of the tokens."""
+    """Share of each domain in the training batches; ``natural`` is the weight that a domain file
+    gives it, else its share of the tokens."""
 
 
 class TinyModelConfig(BaseModel):

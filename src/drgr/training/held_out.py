@@ -53,7 +53,7 @@ def held_out_sums(
         sequence_length=settings.sequence_length,
     )
     # There may be fewer rows than processes.
-    mine = torch.arange(rank(settings.group), num_rows, world_size(settings.group))
+    mine = torch.arange(num_rows)[rank(settings.group) :: world_size(settings.group)]
     sums = torch.zeros(3, num_domains, dtype=torch.float64, device=device)
     chunk = max(1, settings.batch_size // (settings.accumulation * world_size(settings.group)))
     was_training = model.training

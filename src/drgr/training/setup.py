@@ -1,11 +1,11 @@
 """From a configuration to the objects of a run: the only place where the two meet."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -124,8 +124,8 @@ def sampling_weights(config: RunConfig, corpus: Corpus) -> Tensor:
         return torch.full((len(corpus.domains),), 1 / len(corpus.domains), dtype=torch.float64)
     if sampling == "natural":
         declared = corpus.declared_weights()
-        shares = corpus.natural_weights() if declared is None else declared
-        return torch.tensor(shares, dtype=torch.float64)
+        natural = corpus.natural_weights() if declared is None else declared
+        return torch.tensor(natural, dtype=torch.float64)
     if set(sampling) != set(corpus.domains):
         raise ConfigError(
             f"data.sampling must name the domains of corpus {corpus.name}, {list(corpus.domains)}, "
@@ -202,7 +202,7 @@ def build_adversary(config: RunConfig, corpus: Corpus, sampling: Tensor) -> Doma
     if settings.unit == "bits-per-byte":
         # One tokenizer serves all splits, so the ratio of the largest split is used.
         ratios = [corpus.bytes_per_token("train", domain) for domain in corpus.domains]
-        unit = 1 / (torch.tensor(ratios, dtype=torch.float64) * float(np.log(2)))
+        unit = 1 / (torch.tensor(ratios, dtype=torch.float64) * math.log(2))
     reference = None
     if settings.reference is not None:
         reference = load_reference_losses(settings.reference, corpus.domains)

@@ -1,0 +1,79 @@
+"""Writes the results section of README.md from the committed result files; --check only compares."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+START = "<!-- results: written by benchmarks/readme.py -->\n"
+END = "<!-- end of results -->\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="fail if README.md differs")
+    arguments = parser.parse_args()
+    path = ROOT / "README.md"
+    before, _, rest = path.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    written = before + START + section() + END + after
+    if arguments.check and written != path.read_text():
+        raise SystemExit("README.md differs from the results; run python benchmarks/readme.py")
+    path.write_text(written)
+
+
+def section() -> str:
+    """Returns the section in Markdown."""
+    results = ROOT / "benchmarks" / "results"
+    quickstart = json.loads((results / "quickstart.json").read_text())
+    overhead = json.loads((results / "overhead.json").read_text())
+    return "\n".join([*quickstart_lines(quickstart), "", *overhead_lines(overhead), ""])
+
+
+def quickstart_lines(result: dict[str, Any]) -> list[str]:
+    """Describes the comparison of the quick start."""
+    runs = result["runs"]
+    seeds = len({run["seed"] for run in runs})
+    over = sum(run.get("batches_over_budget", 0) for run in runs)
+    config = result["setting"]
+    lines = [
+        "## What it measured so far",
+        "",
+        f"Test split of `{config['corpus']}`, tiny OLMoE, {config['tokens_per_step']:,} tokens a step, "
+        f"{result['steps_of_first']} steps for the first row and no more FLOPs for any other, {seeds} "
+        f"seeds, mean and standard deviation "
+        f"([quickstart.json](benchmarks/results/quickstart.json), `python benchmarks/quickstart.py`):",
+        "",
+        "| method | worst domain, bits per byte | mean of domains, bits per byte | FLOPs |",
+        "| --- | --: | --: | --: |",
+    ]
+    for method, summary in result["summary"].items():
+        worst, mean = summary["worst_bits_per_byte"], summary["mean_bits_per_byte"]
+        lines.append(
+            f"| {method} | {worst['mean']:.3f} ± {worst['sd']:.3f} | "
+            f"{mean['mean']:.3f} ± {mean['sd']:.3f} | {summary['flops']['mean']:.3e} |"
+        )
+    lines += [
+        "",
+        f"Batches over their budget in all {len(runs)} runs together: {over}. Three seeds of a small "
+        f"model show that the parts work; they do not rank methods that are close.",
+    ]
+    return lines
+
+
+def overhead_lines(result: dict[str, Any]) -> list[str]:
+    """Describes the cost of attaching."""
+    ratios = result["ratio_to_unattached"]
+    attached, alone = ratios["attached"], ratios["attached, no held-out passes"]
+    return [
+        f"A training step with router, budget, prices, adversary and records attached takes "
+        f"{attached['median']:.3f} times (from {attached['lowest']:.3f} to {attached['highest']:.3f}) "
+        f"the step of the same transformers model with `grouped_mm` experts unattached; "
+        f"{alone['median']:.3f} times without the adversary's held-out passes "
+        f"([overhead.json](benchmarks/results/overhead.json), `python benchmarks/overhead.py`).",
+    ]
+
+
+if __name__ == "__main__":
+    main()
