@@ -24,8 +24,8 @@ class Selection:
         keep: Which candidates run, shape ``(T, maximum)``, bool; true entries come first in a row.
         spend: Assignments kept over all processes, int64 scalar.
         limit: Assignments allowed over all processes, int64 scalar.
-        price: The value that an extra expert had to exceed, scalar in units of the scores; NaN where
-            no extra was possible.
+        price: The value that an extra expert had to exceed, scalar in units of the scores; NaN
+            where no extra was possible.
     """
 
     expert_ids: Tensor

@@ -157,7 +157,7 @@ class RobustnessConfig(BaseModel):
     apply_to: Literal["nothing", "objective", "sampling"] = "sampling"
     """Where the adversary's weights go; with ``nothing`` they are only reported."""
     divergence: Literal["kl", "chi-square"] = "kl"
-    penalty: Positive | None = 1.0
+    penalty: Positive | None = 0.5
     """Strength of the penalised adversary, in the unit of the losses; smaller is stronger."""
     radius: NotNegative | None = None
     """Radius of the constrained adversary; give either this or ``penalty``."""
