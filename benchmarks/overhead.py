@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import write_result
+from provenance import describe_source, write_result
 
 from drgr.data import draw_batch, prepare_corpus
 from drgr.evaluation import token_losses
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--name", default="overhead")
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
+    environment = describe_source(allow_dirty=arguments.allow_dirty)
     config = override(demo(), [f"data.corpus={arguments.corpus}", *arguments.set])
     corpus = prepare_corpus(
         arguments.corpus,
@@ -132,6 +133,7 @@ def main() -> None:
     }
     path = write_result(
         arguments.name,
+        environment,
         {
             "claim": f"the attached step takes at most {LIMIT} times the unattached one",
             "holds": summary["attached"]["median"] <= LIMIT,
@@ -140,7 +142,6 @@ def main() -> None:
             "config": config.model_dump(mode="json"),
             "threads": torch.get_num_threads(),
         },
-        allow_dirty=arguments.allow_dirty,
     )
     for name, values in summary.items():
         print(f"{name:<32}{values['median']:.3f} [{values['lowest']:.3f}, {values['highest']:.3f}]")

@@ -9,17 +9,22 @@ from drgr.training import describe_environment, write_json
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, content: dict[str, Any], *, allow_dirty: bool) -> Path:
-    """Writes ``results/NAME.json`` with command, commit, versions and hardware.
+def describe_source(*, allow_dirty: bool) -> dict[str, Any]:
+    """Returns command, commit, versions and hardware; call it before anything is measured.
 
     Raises:
-        SystemExit: If the source differs from its commit and that was not allowed: a result must be
-            reproducible from the commit that it names.
+        SystemExit: If the package's source differs from its commit and that was not allowed: a
+            result must be reproducible from the commit that it names.
     """
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     environment = describe_environment(command, processes=1)
     if environment["dirty"] and not allow_dirty:
         raise SystemExit("the source differs from its commit; commit first, or pass --allow-dirty")
+    return environment
+
+
+def write_result(name: str, environment: dict[str, Any], content: dict[str, Any]) -> Path:
+    """Writes ``results/NAME.json``."""
     path = RESULTS / f"{name}.json"
     write_json(path, {"environment": environment, **content})
     return path

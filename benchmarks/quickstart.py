@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from provenance import write_result
+from provenance import describe_source, write_result
 
 # Settings that turn the demo recipe into each method. The first one sets the FLOPs for all.
 ERM_ROUTING = (
@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--name", default="quickstart")
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
+    environment = describe_source(allow_dirty=arguments.allow_dirty)
     jobs = [(method, seed) for seed in range(arguments.seeds) for method in METHODS]
     with ThreadPoolExecutor(arguments.parallel) as pool:
         records = list(pool.map(lambda job: run_method(job[0], job[1], arguments), jobs))
@@ -67,6 +68,7 @@ def main() -> None:
     ]
     path = write_result(
         arguments.name,
+        environment,
         {
             "question": "worst-domain and mean bits per byte on the test split at equal FLOPs",
             "setting": {
@@ -79,7 +81,6 @@ def main() -> None:
             "summary": {method: summarise(runs, method) for method in METHODS},
             "runs": runs,
         },
-        allow_dirty=arguments.allow_dirty,
     )
     for method in METHODS:
         print(method, json.dumps(summarise(runs, method)))

@@ -1,4 +1,4 @@
-"""Writes the results section of README.md from the committed result files; --check only compares."""
+"""Writes the results section of README.md from the committed results; --check only compares."""
 
 import argparse
 import json
@@ -40,10 +40,11 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
     lines = [
         "## What it measured so far",
         "",
-        f"Test split of `{config['corpus']}`, tiny OLMoE, {config['tokens_per_step']:,} tokens a step, "
-        f"{result['steps_of_first']} steps for the first row and no more FLOPs for any other, {seeds} "
-        f"seeds, mean and standard deviation "
-        f"([quickstart.json](benchmarks/results/quickstart.json), `python benchmarks/quickstart.py`):",
+        f"Test split of `{config['corpus']}`, tiny OLMoE, {config['tokens_per_step']:,} tokens a "
+        f"step, {result['steps_of_first']} steps for the first row, no more FLOPs for any other, "
+        f"{seeds} seeds, mean and standard deviation "
+        f"([quickstart.json](benchmarks/results/quickstart.json), "
+        f"`python benchmarks/quickstart.py`):",
         "",
         "| method | worst domain, bits per byte | mean of domains, bits per byte | FLOPs |",
         "| --- | --: | --: | --: |",
@@ -56,8 +57,8 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        f"Batches over their budget in all {len(runs)} runs together: {over}. Three seeds of a small "
-        f"model show that the parts work; they do not rank methods that are close.",
+        f"Batches over their budget in all {len(runs)} runs together: {over}. Three seeds of a "
+        f"small model show that the parts work; they do not rank methods that are close.",
     ]
     return lines
 
@@ -68,7 +69,7 @@ def overhead_lines(result: dict[str, Any]) -> list[str]:
     attached, alone = ratios["attached"], ratios["attached, no held-out passes"]
     return [
         f"A training step with router, budget, prices, adversary and records attached takes "
-        f"{attached['median']:.3f} times (from {attached['lowest']:.3f} to {attached['highest']:.3f}) "
+        f"{attached['median']:.3f} times ({attached['lowest']:.3f} to {attached['highest']:.3f}) "
         f"the step of the same transformers model with `grouped_mm` experts unattached; "
         f"{alone['median']:.3f} times without the adversary's held-out passes "
         f"([overhead.json](benchmarks/results/overhead.json), `python benchmarks/overhead.py`).",

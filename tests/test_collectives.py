@@ -30,8 +30,8 @@ def collect_everything():
     strided, _ = gather_rows(rows.t().contiguous().t().float())
     flat, flat_start = gather_rows(rows[:, 0].bfloat16())
     nothing, nothing_start = gather_rows(rows[:0])
-    subgroup = dist.new_group([0, 1])
-    in_subgroup = sum_over_processes(counts, subgroup) if index < 2 else None
+    subgroup = dist.new_group([size - 2, size - 1])
+    is_member = index >= size - 2
     return {
         "size": size,
         "rank": index,
@@ -42,9 +42,13 @@ def collect_everything():
         "strided": strided,
         "flat": (flat, flat_start),
         "nothing": (nothing, nothing_start),
-        "subgroup": in_subgroup,
-        "subgroup_size": world_size(subgroup) if index < 2 else None,
+        "subgroup": summarise(rows, counts, subgroup) if is_member else None,
     }
+
+
+def summarise(rows, counts, group):
+    gathered, start = gather_rows(rows, group)
+    return world_size(group), rank(group), sum_over_processes(counts, group), gathered, start
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -65,9 +69,14 @@ def test_every_process_holds_the_sum_and_all_rows_in_rank_order(run_processes, s
         assert result["flat"][1] == starts[index]
         assert result["nothing"][0].shape == (0, 3)
         assert result["nothing"][1] == 0
-        if index < 2:
-            assert result["subgroup_size"] == 2
-            assert torch.equal(result["subgroup"], counts[0] + counts[1])
+        if index < size - 2:
+            continue
+        members, place, summed, gathered, start = result["subgroup"]
+        assert (members, place) == (2, index - (size - 2))
+        assert torch.equal(summed, counts[-2] + counts[-1])
+        parts = [rows_of_rank(size, member) for member in (size - 2, size - 1)]
+        assert torch.equal(gathered, torch.cat(parts))
+        assert start == (len(parts[0]) if place == 1 else 0)
 
 
 def test_one_process_is_the_identity_without_gradient():

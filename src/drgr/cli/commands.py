@@ -204,7 +204,8 @@ def data_prepare_command(
             for split in ("train", "validation", "test")
         )
         ratio = prepared.bytes_per_token("train", domain)
-        console.print(f"{domain:<12}{shown}  {ratio:.2f} bytes/token", highlight=False)
+        line = f"{domain:<12}{shown}  {ratio:.2f} bytes/token"
+        console.print(line, highlight=False, soft_wrap=True)
     typer.echo(f"{prepared.name} is in {prepared.directory}")
 
 

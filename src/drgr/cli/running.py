@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def load_recipe(name: str) -> RunConfig:
         raise ConfigError(f"recipe {name!r} cannot be imported: {error}") from error
     try:
         config = recipe()
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"recipe {name!r} is not valid: {error}") from error
     if not isinstance(config, RunConfig):
         raise ConfigError(f"recipe {name!r} must return a RunConfig, got {type(config).__name__}")
@@ -131,6 +132,7 @@ def run_training(
         with (
             TrainingDisplay(console, total=config.training.steps, unit=unit) as display,
             _usage_error_before(lambda: display.has_stepped),
+            _quiet_threads(),
         ):
             outcome = train(
                 run,
@@ -156,6 +158,17 @@ def run_evaluation(
         corpus = prepare(config.data, cache=resolve_cache(cache), report=display)
     with _usage_error_before(lambda: False):
         return evaluate_run(build_run(config, corpus), directory, split=split, max_windows=windows)
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Hides tracebacks of TensorBoard's writer: its errors are raised again in the main thread."""
+    previous = threading.excepthook
+    threading.excepthook = lambda _: None
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
 
 
 @contextmanager

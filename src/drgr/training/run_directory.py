@@ -138,10 +138,10 @@ def source_commit() -> tuple[str | None, bool | None]:
 
     Both are ``None`` where the package was not installed from a git checkout.
     """
-    source = Path(__file__).resolve().parent
+    source = Path(__file__).resolve().parents[1]
     try:
         commit = _git(source, "rev-parse", "HEAD")
-        dirty = _git(source, "status", "--porcelain", "--untracked-files=no")
+        dirty = _git(source, "status", "--porcelain", "--", ".")
         is_tracked = _git(source, "ls-files", __file__)
     except (OSError, subprocess.CalledProcessError):
         return None, None

@@ -1,0 +1,96 @@
+"""Each benchmark at toy size, so that none rots."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+CORPUS = ROOT / "tests" / "fixtures" / "corpus" / "domains.toml"
+TINY = [
+    "data.vocabulary_size=512",
+    "data.sampling=natural",
+    "data.sequence_length=32",
+    "model={kind: tiny-olmoe, hidden_size: 32, expert_size: 32, num_layers: 2}",
+    "training.test_windows=2",
+    "robustness.every=2",
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not BENCHMARKS.exists(), reason="the benchmarks are not part of the wheel"),
+]
+
+
+def run(script, *arguments, cwd):
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    command = [sys.executable, BENCHMARKS / script, *settings, *arguments]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def result_of(tmp_path):
+    """Runs a benchmark under a name of its own and returns its result, leaving no file behind."""
+
+    def run_and_read(script, *arguments):
+        name = f"toy-{tmp_path.name}"
+        path = BENCHMARKS / "results" / f"{name}.json"
+        try:
+            run(
+                script,
+                *("--corpus", CORPUS, "--cache", tmp_path / "cache", "--name", name),
+                "--allow-dirty",
+                *arguments,
+                cwd=tmp_path,
+            )
+            return json.loads(path.read_text())
+        finally:
+            path.unlink(missing_ok=True)
+
+    return run_and_read
+
+
+def test_quickstart(result_of, tmp_path):
+    result = result_of(
+        "quickstart.py",
+        *("--seeds", "2", "--steps", "6", "--batch-size", "4", "--work", tmp_path / "runs"),
+    )
+    assert len(result["runs"]) == 8
+    first = result["summary"]["erm + auxiliary loss"]
+    for method, summary in result["summary"].items():
+        assert summary["failed"] == 0, (method, result["runs"])
+        assert summary["flops"]["mean"] <= first["flops"]["mean"] * 1.000001
+        assert summary["worst_bits_per_byte"]["mean"] >= summary["mean_bits_per_byte"]["mean"]
+    assert all(run["batches_over_budget"] == 0 for run in result["runs"])
+    assert result["environment"]["versions"]["torch"]
+
+
+def test_overhead(result_of):
+    result = result_of(
+        "overhead.py", "--rounds", "1", "--steps", "2", "--set", "training.batch_size=4"
+    )
+    assert set(result["ratio_to_unattached"]) == {
+        "unattached",
+        "unattached, sparse experts",
+        "attached",
+        "attached, no held-out passes",
+    }
+    assert result["ratio_to_unattached"]["unattached"]["median"] == 1
+
+
+def test_a_result_from_changed_source_is_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import provenance
+
+    environment = {"dirty": True}
+    monkeypatch.setattr(provenance, "describe_environment", lambda *_, **__: environment)
+    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit, match="commit first"):
+        provenance.describe_source(allow_dirty=False)
+    assert provenance.describe_source(allow_dirty=True) == environment
+    assert json.loads(provenance.write_result("x", environment, {"a": 1}).read_text())["a"] == 1
