@@ -19,6 +19,10 @@ from typing import Any
 
 from provenance import describe_source, write_result
 
+from drgr.data import prepare_corpus
+from drgr.recipes import demo
+from drgr.training import RunConfig, override, resolve_cache
+
 # Settings that turn the demo recipe into each method. The first one sets the FLOPs for all.
 ERM_ROUTING = (
     "routing={budget: {minimum: 2, maximum: 2, average: 2}, controller: {kind: none}, "
@@ -73,7 +77,8 @@ def main() -> None:
             "question": "worst-domain and mean bits per byte on the test split at equal FLOPs",
             "setting": {
                 "corpus": arguments.corpus,
-                "tokens_per_step": arguments.batch_size * sequence_length(arguments),
+                "tokens_per_step": arguments.batch_size
+                * base_config(arguments).data.sequence_length,
                 "further": arguments.set,
             },
             "methods": METHODS,
@@ -132,28 +137,21 @@ def affordable_steps(method: str, arguments: argparse.Namespace) -> int:
     """
     if "robustness.losses=validation" not in METHODS[method]:
         return int(arguments.steps)
-    from drgr.training import RunConfig  # noqa: PLC0415 - slow to import
-
-    robustness = RunConfig().robustness
+    robustness = base_config(arguments).robustness
     held_out_windows = robustness.windows * num_domains(arguments)
-    passes = held_out_windows / (BACKWARD_SHARE * arguments.batch_size * robustness.every)
-    # The frozen price may spend a little more than the average in a held-out pass; 1 % covers it.
-    return int(arguments.steps / (1 + 1.01 * passes))
+    # The frozen price may spend more than the average in a held-out pass; 5 % covers it.
+    update = 1.05 * held_out_windows / (BACKWARD_SHARE * arguments.batch_size)
+    per_step = update / robustness.every
+    affordable = (arguments.steps + per_step * robustness.begin - update) / (1 + per_step)
+    return min(int(arguments.steps), int(affordable))
 
 
-def sequence_length(arguments: argparse.Namespace) -> int:
-    from drgr.recipes import demo  # noqa: PLC0415
-    from drgr.training import override  # noqa: PLC0415
-
-    return override(demo(), arguments.set).data.sequence_length
+def base_config(arguments: argparse.Namespace) -> RunConfig:
+    return override(demo(), [f"data.corpus={arguments.corpus}", *arguments.set])
 
 
 def num_domains(arguments: argparse.Namespace) -> int:
-    from drgr.data import prepare_corpus  # noqa: PLC0415
-    from drgr.recipes import demo  # noqa: PLC0415
-    from drgr.training import override, resolve_cache  # noqa: PLC0415
-
-    config = override(demo(), [f"data.corpus={arguments.corpus}", *arguments.set])
+    config = base_config(arguments)
     corpus = prepare_corpus(
         arguments.corpus,
         cache=resolve_cache(Path(arguments.cache) if arguments.cache else None),

@@ -17,6 +17,7 @@ TINY = [
     "model={kind: tiny-olmoe, hidden_size: 32, expert_size: 32, num_layers: 2}",
     "training.test_windows=2",
     "robustness.every=2",
+    "robustness.begin=0",
 ]
 
 pytestmark = [

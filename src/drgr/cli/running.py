@@ -138,7 +138,7 @@ def run_training(
                 run,
                 directory,
                 observer=display,
-                environment=describe_environment(sys.argv, processes=world_size()),
+                environment=describe_environment(["drgr", *sys.argv[1:]], processes=world_size()),
                 resume=resume,
             )
     return CommandOutcome(

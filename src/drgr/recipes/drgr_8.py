@@ -35,7 +35,7 @@ def demo() -> RunConfig:
             budget=BudgetConfig(minimum=1, maximum=4, average=2),
             controller=QuantileConfig(),
         ),
-        robustness=RobustnessConfig(apply_to="sampling", divergence="kl", penalty=0.5),
+        robustness=RobustnessConfig(apply_to="sampling", divergence="kl", penalty=0.3),
         training=TrainingConfig(steps=300),
     )
 

@@ -157,7 +157,7 @@ class RobustnessConfig(BaseModel):
     apply_to: Literal["nothing", "objective", "sampling"] = "sampling"
     """Where the adversary's weights go; with ``nothing`` they are only reported."""
     divergence: Literal["kl", "chi-square"] = "kl"
-    penalty: Positive | None = 0.5
+    penalty: Positive | None = 0.3
     """Strength of the penalised adversary, in the unit of the losses; smaller is stronger."""
     radius: NotNegative | None = None
     """Radius of the constrained adversary; give either this or ``penalty``."""
@@ -170,6 +170,8 @@ class RobustnessConfig(BaseModel):
     nominal: Literal["uniform", "sampling"] = "uniform"
     smoothing: Share = 0.7
     """Share of the old estimate that an update of a domain's loss keeps."""
+    begin: Annotated[int, Field(ge=0)] = 20
+    """Steps before the adversary acts: losses of an untrained model say nothing of its domains."""
     every: Count = 10
     """Steps between updates of the weights."""
     windows: Count = 2

@@ -183,7 +183,7 @@ def _one_step(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
     started = time.perf_counter()
     settings = run.config.robustness
     flops = 0.0
-    if state.step % settings.every == 0:
+    if state.step >= settings.begin and (state.step - settings.begin) % settings.every == 0:
         flops += _update_adversary(run, state, reporter)
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = learning_rate(run.config.training, state.step)
