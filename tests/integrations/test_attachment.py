@@ -8,7 +8,7 @@ from torch import nn
 
 from drgr.budgets import TokenBudget
 from drgr.errors import UnknownRouterError
-from drgr.integrations.transformers import attach, find_contract, find_sites
+from drgr.integrations.transformers import attach, enable_checkpointing, find_contract, find_sites
 from drgr.integrations.transformers import experts as experts_module
 from drgr.routing import QuantileBalancing, SignBias, load_balancing_loss
 
@@ -206,7 +206,7 @@ def test_gradient_checkpointing_counts_once_and_changes_no_gradient(build_family
         loss_of(model, ids).backward()
     reference = gradients(model)
     model.zero_grad()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model)
     with attachment.record() as records:
         loss_of(model, ids).backward()
         assert len(records) == len(plain) == 2
@@ -318,9 +318,10 @@ class TestRefusals:
         with pytest.raises(UnknownRouterError, match="not exactly one router"):
             attach(model, budget=BUDGET)
 
-    def test_expert_parallelism(self, build_family):
+    @pytest.mark.parametrize("mark", [{"_is_expert_parallel": True}, {"num_experts": 4}])
+    def test_expert_parallelism(self, build_family, mark):
         model = build_family("olmoe")
-        model.model.layers[0].mlp.experts._is_expert_parallel = True
+        vars(model.model.layers[0].mlp.experts).update(mark)
         with pytest.raises(UnknownRouterError, match="expert parallelism"):
             attach(model, budget=BUDGET)
 
@@ -359,8 +360,6 @@ class TestRefusals:
     def test_reentrant_checkpointing(self, build_family):
         model = build_family("olmoe")
         attachment = attach(model, budget=BUDGET)
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": True}
-        )
+        enable_checkpointing(model, use_reentrant=True)
         with attachment.record(), pytest.raises(ValueError, match="must not be reentrant"):
             model(inputs_embeds=torch.randn(1, 4, 32, requires_grad=True))

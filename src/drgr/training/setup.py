@@ -18,7 +18,7 @@ from drgr.budgets.flops import FlopModel
 from drgr.collectives import world_size
 from drgr.data import Corpus, check_sequence_length
 from drgr.errors import ConfigError
-from drgr.integrations.transformers import Attachment, attach, find_sites
+from drgr.integrations.transformers import Attachment, attach, enable_checkpointing, find_sites
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
 from drgr.routing import ControllerFactory, NoPrices, QuantileBalancing, SignBias
 from drgr.training.adversary import DomainAdversary
@@ -84,9 +84,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     torch.manual_seed(config.training.seed)
     model = _build_model(config, corpus).to(device)
     if config.training.gradient_checkpointing:
-        model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+        enable_checkpointing(model)
     experts = {site.name: site.experts for site in find_sites(model)}
     flops = measure_flops(model, experts)
     budget = build_budget(config.routing.budget, flops)

@@ -5,7 +5,16 @@ Reading order: ``sites`` (where a model routes), ``contract`` (what its router c
 """
 
 from drgr.integrations.transformers.attachment import Attachment, attach
+from drgr.integrations.transformers.checkpointing import enable_checkpointing
 from drgr.integrations.transformers.contract import RouterContract, find_contract
 from drgr.integrations.transformers.sites import MoeSite, find_sites
 
-__all__ = ["Attachment", "MoeSite", "RouterContract", "attach", "find_contract", "find_sites"]
+__all__ = [
+    "Attachment",
+    "MoeSite",
+    "RouterContract",
+    "attach",
+    "enable_checkpointing",
+    "find_contract",
+    "find_sites",
+]

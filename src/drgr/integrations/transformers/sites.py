@@ -8,6 +8,8 @@ from torch import nn
 from drgr.errors import UnknownRouterError
 
 _ROUTER_ATTRIBUTES = ("gate", "router")
+# Left on experts by the decorator that lets transformers exchange their implementation.
+_DISPATCH_MARKS = ("config", "has_gate", "has_bias", "is_transposed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ def find_sites(model: nn.Module) -> tuple[MoeSite, ...]:
     sites = []
     for name, block in model.named_modules():
         experts = getattr(block, "experts", None)
-        if isinstance(experts, nn.Module) and hasattr(experts, "_is_expert_parallel"):
+        if isinstance(experts, nn.Module) and all(hasattr(experts, key) for key in _DISPATCH_MARKS):
             sites.append(_site(name, block, experts))
     if not sites:
         raise UnknownRouterError(
@@ -57,9 +59,12 @@ def _site(name: str, block: nn.Module, experts: Any) -> MoeSite:
             f"{name} ({type(block).__name__}) has experts but not exactly one router named "
             f"{' or '.join(_ROUTER_ATTRIBUTES)}; its routing cannot be attached to"
         )
-    if experts._is_expert_parallel:
+    router = routers[0]
+    # Each process then holds some of the experts only, and counts those.
+    is_local = getattr(router, "num_experts", experts.num_experts) != experts.num_experts
+    if is_local or getattr(experts, "_is_expert_parallel", False):
         raise UnknownRouterError(
             f"{name}: its experts are spread over processes by expert parallelism, which this "
             f"version does not support; load the model with data parallelism only"
         )
-    return MoeSite(name=name, router=routers[0], experts=experts, num_experts=experts.num_experts)
+    return MoeSite(name=name, router=router, experts=experts, num_experts=experts.num_experts)
