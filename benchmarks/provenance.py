@@ -6,7 +6,7 @@ from typing import Any
 
 from drgr.training import describe_environment, write_json
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def describe_source(*, allow_dirty: bool) -> dict[str, Any]:
@@ -16,15 +16,14 @@ def describe_source(*, allow_dirty: bool) -> dict[str, Any]:
         SystemExit: If the package's source differs from its commit and that was not allowed: a
             result must be reproducible from the commit that it names.
     """
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    module = Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("")
+    command = ["python", "-m", ".".join(module.parts), *sys.argv[1:]]
     environment = describe_environment(command, processes=1)
     if environment["dirty"] and not allow_dirty:
         raise SystemExit("the source differs from its commit; commit first, or pass --allow-dirty")
     return environment
 
 
-def write_result(name: str, environment: dict[str, Any], content: dict[str, Any]) -> Path:
-    """Writes ``results/NAME.json``."""
-    path = RESULTS / f"{name}.json"
+def write_result(path: Path, environment: dict[str, Any], content: dict[str, Any]) -> None:
+    """Writes a result with where it came from."""
     write_json(path, {"environment": environment, **content})
-    return path

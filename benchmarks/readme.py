@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = "benchmarks/quickstart/result.json"
+OVERHEAD = "benchmarks/overhead/result.json"
 START = "<!-- results: written by benchmarks/readme.py -->\n"
 END = "<!-- end of results -->\n"
 
@@ -25,9 +27,8 @@ def main() -> None:
 
 def section() -> str:
     """Returns the section in Markdown."""
-    results = ROOT / "benchmarks" / "results"
-    quickstart = json.loads((results / "quickstart.json").read_text())
-    overhead = json.loads((results / "overhead.json").read_text())
+    quickstart = json.loads((ROOT / QUICKSTART).read_text())
+    overhead = json.loads((ROOT / OVERHEAD).read_text())
     return "\n".join([*quickstart_lines(quickstart), "", *overhead_lines(overhead), ""])
 
 
@@ -43,8 +44,7 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
         f"Test split of `{config['corpus']}`, tiny OLMoE, {config['tokens_per_step']:,} tokens a "
         f"step, {result['steps_of_first']} steps for the first row, no more FLOPs for any other, "
         f"{seeds} seeds, mean and standard deviation "
-        f"([quickstart.json](benchmarks/results/quickstart.json), "
-        f"`python benchmarks/quickstart.py`):",
+        f"([result.json]({QUICKSTART}), `python -m benchmarks.quickstart.run`):",
         "",
         "| method | worst domain, bits per byte | mean of domains, bits per byte | FLOPs |",
         "| --- | --: | --: | --: |",
@@ -72,7 +72,7 @@ def overhead_lines(result: dict[str, Any]) -> list[str]:
         f"{attached['median']:.3f} times ({attached['lowest']:.3f} to {attached['highest']:.3f}) "
         f"the step of the same transformers model with `grouped_mm` experts unattached; "
         f"{alone['median']:.3f} times without the adversary's held-out passes "
-        f"([overhead.json](benchmarks/results/overhead.json), `python benchmarks/overhead.py`).",
+        f"([result.json]({OVERHEAD}), `python -m benchmarks.overhead.run`).",
     ]
 
 

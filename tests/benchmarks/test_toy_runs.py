@@ -26,39 +26,25 @@ pytestmark = [
 ]
 
 
-def run(script, *arguments, cwd):
-    settings = [part for setting in TINY for part in ("--set", setting)]
-    command = [sys.executable, BENCHMARKS / script, *settings, *arguments]
-    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 @pytest.fixture
 def result_of(tmp_path):
-    """Runs a benchmark under a name of its own and returns its result, leaving no file behind."""
+    """Runs a benchmark at toy size and returns its result."""
 
-    def run_and_read(script, *arguments):
-        name = f"toy-{tmp_path.name}"
-        path = BENCHMARKS / "results" / f"{name}.json"
-        try:
-            run(
-                script,
-                *("--corpus", CORPUS, "--cache", tmp_path / "cache", "--name", name),
-                "--allow-dirty",
-                *arguments,
-                cwd=tmp_path,
-            )
-            return json.loads(path.read_text())
-        finally:
-            path.unlink(missing_ok=True)
+    def run_and_read(module, *arguments):
+        output = tmp_path / "result.json"
+        settings = [part for setting in TINY for part in ("--set", setting)]
+        command = [sys.executable, "-m", module, *settings, "--allow-dirty", *arguments]
+        command += ["--corpus", CORPUS, "--cache", tmp_path / "cache", "--output", output]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return json.loads(output.read_text())
 
     return run_and_read
 
 
 def test_quickstart(result_of, tmp_path):
     result = result_of(
-        "quickstart.py",
+        "benchmarks.quickstart.run",
         *("--seeds", "2", "--steps", "6", "--batch-size", "4", "--work", tmp_path / "runs"),
     )
     assert len(result["runs"]) == 8
@@ -73,7 +59,7 @@ def test_quickstart(result_of, tmp_path):
 
 def test_overhead(result_of):
     result = result_of(
-        "overhead.py", "--rounds", "1", "--steps", "2", "--set", "training.batch_size=4"
+        "benchmarks.overhead.run", "--rounds", "1", "--steps", "2", "--set", "training.batch_size=4"
     )
     assert set(result["ratio_to_unattached"]) == {
         "unattached",
@@ -85,13 +71,14 @@ def test_overhead(result_of):
 
 
 def test_a_result_from_changed_source_is_refused(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import provenance
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import provenance
 
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARKS / "overhead" / "run.py")])
     environment = {"dirty": True}
     monkeypatch.setattr(provenance, "describe_environment", lambda *_, **__: environment)
-    monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     with pytest.raises(SystemExit, match="commit first"):
         provenance.describe_source(allow_dirty=False)
     assert provenance.describe_source(allow_dirty=True) == environment
-    assert json.loads(provenance.write_result("x", environment, {"a": 1}).read_text())["a"] == 1
+    provenance.write_result(tmp_path / "x.json", environment, {"a": 1})
+    assert json.loads((tmp_path / "x.json").read_text())["environment"] == environment

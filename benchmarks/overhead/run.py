@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from provenance import describe_source, write_result
 
+from benchmarks.provenance import describe_source, write_result
 from drgr.data import draw_batch, prepare_corpus
 from drgr.evaluation import token_losses
 from drgr.integrations.transformers.experts import IMPLEMENTATION, register
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="settings of the demo recipe")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=10, help="steps of each variant in a round")
-    parser.add_argument("--name", default="overhead")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
     environment = describe_source(allow_dirty=arguments.allow_dirty)
@@ -131,8 +131,8 @@ def main() -> None:
         }
         for name, values in ratios.items()
     }
-    path = write_result(
-        arguments.name,
+    write_result(
+        arguments.output,
         environment,
         {
             "claim": f"the attached step takes at most {LIMIT} times the unattached one",
@@ -145,7 +145,7 @@ def main() -> None:
     )
     for name, values in summary.items():
         print(f"{name:<32}{values['median']:.3f} [{values['lowest']:.3f}, {values['highest']:.3f}]")
-    print(path)
+    print(arguments.output)
 
 
 def measure(

@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from provenance import describe_source, write_result
-
+from benchmarks.provenance import describe_source, write_result
 from drgr.data import prepare_corpus
 from drgr.recipes import demo
 from drgr.training import RunConfig, override, resolve_cache
@@ -59,7 +58,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="further settings for all")
     parser.add_argument("--work", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--name", default="quickstart")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
     environment = describe_source(allow_dirty=arguments.allow_dirty)
@@ -70,8 +69,8 @@ def main() -> None:
         {"method": method, "seed": seed, **record}
         for (method, seed), record in zip(jobs, records, strict=True)
     ]
-    path = write_result(
-        arguments.name,
+    write_result(
+        arguments.output,
         environment,
         {
             "question": "worst-domain and mean bits per byte on the test split at equal FLOPs",
@@ -89,7 +88,7 @@ def main() -> None:
     )
     for method in METHODS:
         print(method, json.dumps(summarise(runs, method)))
-    print(path)
+    print(arguments.output)
 
 
 def run_method(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
