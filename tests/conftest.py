@@ -113,7 +113,7 @@ def _build_family(
     **fields: Any,
 ) -> nn.Module:
     # Imported here: tests of the mathematical core run without transformers.
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, variant = VARIANT_FIELDS.get(name, (name, {}))
     merged = {**SHARED_FIELDS, **FAMILY_FIELDS[model_type], **variant, **fields}

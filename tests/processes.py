@@ -121,8 +121,8 @@ def _run(folder: Path, rank: int) -> None:
     if sys.platform == "linux":
         # The loopback interface: a machine's own name need not resolve.
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    import torch  # noqa: PLC0415 - the test process reads this file as well
-    import torch.distributed as dist  # noqa: PLC0415
+    import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     source, name, num_processes, timeout, args = _read(folder / "job")

@@ -1,4 +1,4 @@
-"""Run by the gate where only torch and numpy are installed: the core must work, the rest must say why not."""
+"""Run where only torch and numpy are installed: the core must work, the rest say why not."""
 
 import importlib
 import importlib.util

@@ -162,9 +162,14 @@ def run_evaluation(
 
 @contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """Hides tracebacks of TensorBoard's writer: its errors are raised again in the main thread."""
+    """Hides a full disk's traceback in TensorBoard's thread: the main thread raises it again."""
     previous = threading.excepthook
-    threading.excepthook = lambda _: None
+
+    def hide_write_errors(error: threading.ExceptHookArgs) -> None:
+        if not issubclass(error.exc_type, OSError):
+            previous(error)
+
+    threading.excepthook = hide_write_errors
     try:
         yield
     finally:

@@ -86,6 +86,11 @@ class DomainAdversary:
         return self.weights
 
     @property
+    def base_sampling(self) -> Tensor:
+        """Base share of each domain in the batches, shape ``(G,)``."""
+        return self._base
+
+    @property
     def worst(self) -> tuple[int, float] | None:
         """Index and estimated loss, excess where there is a reference, of the worst domain seen.
 

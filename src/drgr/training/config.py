@@ -171,7 +171,8 @@ class RobustnessConfig(BaseModel):
     smoothing: Share = 0.7
     """Share of the old estimate that an update of a domain's loss keeps."""
     begin: Annotated[int, Field(ge=0)] = 20
-    """Steps before the adversary acts: losses of an untrained model say nothing of its domains."""
+    """Steps before the adversary acts, at the nominal weights: the losses of an untrained model say
+    nothing of its domains."""
     every: Count = 10
     """Steps between updates of the weights."""
     windows: Count = 2
@@ -200,7 +201,7 @@ class TrainingConfig(BaseModel):
     accumulation: Count = 1
     """Micro-batches per step."""
     learning_rate: Positive = 2e-3
-    final_learning_rate: Share = 0.1
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate at the last step, as a share of the highest."""
     warmup_steps: Annotated[int, Field(ge=0)] = 20
     weight_decay: NotNegative = 0.1
@@ -241,12 +242,18 @@ class RunConfig(BaseModel):
         """Returns the configuration as indented JSON."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
-    def fingerprint(self, corpus_fingerprint: str) -> str:
-        """Returns a hash of all that the course of training depends on, the corpus included."""
+    def fingerprint(self, data: Any) -> str:
+        """Returns a hash of all that the course of training depends on.
+
+        Args:
+            data: What tells the corpus and its sampling apart, as JSON can hold it. It stands for
+                the corpus's name or path, which may change.
+        """
         content = self.model_dump(
-            mode="json", exclude={"name": True, "training": set(_PRESENTATION)}
+            mode="json",
+            exclude={"name": True, "data": {"corpus"}, "training": set(_PRESENTATION)},
         )
-        encoded = json.dumps([content, corpus_fingerprint], sort_keys=True).encode()
+        encoded = json.dumps([content, data], sort_keys=True).encode()
         return hashlib.sha256(encoded).hexdigest()[:16]
 
 

@@ -10,6 +10,7 @@ from drgr.budgets.flops import training_flops
 from drgr.collectives import rank
 from drgr.errors import CheckpointError
 from drgr.evaluation import evaluate_domains, validation_record
+from drgr.training.checkpoint import latest_checkpoint
 from drgr.training.config import TrainingConfig
 from drgr.training.finish import finish
 from drgr.training.held_out import held_out_sums
@@ -87,8 +88,8 @@ def train(
     Raises:
         NonFiniteLossError: If the loss or gradient of a step is not finite; the parameters are as
             before the step.
-        CheckpointError: If a checkpoint or another file cannot be written, or a checkpoint is
-            damaged or of another configuration.
+        CheckpointError: If a checkpoint or another file cannot be written, a checkpoint is damaged
+            or of another configuration, or there is one although ``resume`` was not asked for.
     """
     try:
         return _train(run, directory, observer, environment, resume=resume)
@@ -109,6 +110,11 @@ def _train(
 ) -> Outcome:
     state = LoopState(run, directory)
     is_continued = resume and state.load_latest()
+    if not resume and latest_checkpoint(directory.checkpoints) is not None:
+        raise CheckpointError(
+            f"{directory.path} holds checkpoints of an earlier run; resume it, or name another "
+            f"directory"
+        )
     if rank() == 0 and not is_continued:
         # The configuration comes first: it is what makes the directory a run.
         write_json(directory.config, run.config.model_dump(mode="json"))

@@ -111,7 +111,8 @@ class LoopState:
 
     @property
     def _fingerprint(self) -> str:
-        return self._run.config.fingerprint(self._run.corpus.fingerprint)
+        corpus, sampling = self._run.corpus, self._run.adversary.base_sampling
+        return self._run.config.fingerprint([corpus.fingerprint, sampling.tolist()])
 
     def _state_dict(self) -> Any:
         run = self._run

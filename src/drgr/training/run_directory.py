@@ -90,7 +90,11 @@ def check_run_directory(path: Path, *, resume: bool, overwrite: bool) -> RunDire
 def remove_run(run: RunDirectory) -> None:
     """Removes an old run, if there is one, once nothing can stop the new one from starting."""
     if run.path.exists():
-        shutil.rmtree(run.path)
+        # Renamed first: a kill in between leaves either the whole run or none under its name.
+        doomed = run.path.with_name(f".{run.path.name}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        run.path.rename(doomed)
+        shutil.rmtree(doomed)
 
 
 def describe_environment(command: Sequence[str], *, processes: int) -> dict[str, Any]:
