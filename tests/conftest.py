@@ -1,9 +1,11 @@
 """Fixtures that every test folder may use: seeding, and tiny models of the five MoE families."""
 
 import importlib.util
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -134,10 +136,34 @@ def run_processes() -> Callable[..., list[Any]]:
 
     The function stands at module level; its results come back in the order of ranks.
     """
-    path = Path(__file__).with_name("processes.py")
-    spec = importlib.util.spec_from_file_location("processes_of_tests", path)
+    return _load("processes").run_processes
+
+
+@pytest.fixture(scope="session")
+def runs() -> ModuleType:
+    """The helpers of ``tests/small_runs.py``."""
+    return _load("small_runs")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the whole session: the fixture corpus is prepared once."""
+    return tmp_path_factory.getbasetemp() / "drgr-cache"
+
+
+@pytest.fixture(scope="session")
+def corpus(runs: ModuleType, cache: Path) -> Any:
+    """The committed fixture corpus of four domains."""
+    return runs.prepare(cache)
+
+
+def _load(name: str) -> ModuleType:
+    """Loads a file of this folder by its path: tests are not importable by name."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_of_tests", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)
     spec.loader.exec_module(module)
-    return module.run_processes
+    return module
