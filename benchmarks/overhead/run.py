@@ -1,6 +1,7 @@
 """What attaching costs: a training step with budget, prices and adversary against one without.
 
-All variants run interleaved in one process on the same batches. ``unattached`` is transformers' own
+All variants run interleaved in one process on the same batches; times are CPU seconds, which other
+work on the machine disturbs least. ``unattached`` is transformers' own
 model with grouped_mm experts, the same optimizer and the same number of experts a token;
 ``attached`` is everything that ``drgr train`` does in a step, the adversary's held-out passes and
 record keeping included; ``attached, no held-out passes`` leaves those passes out, which are compute
