@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint wheel-test clean
 
 help:
-	@echo "make demo    train on real text of eight domains and write the report (about 8 minutes)"
+	@echo "make demo    train on real text of eight domains and write the report (under 10 minutes)"
 	@echo "make test    run the whole test suite"
 	@echo "make lint    formatting, style, types, layers"
 	@echo "make clean   remove .venv and build products; runs and the corpus cache stay"

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, final
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from drgr.training import StepView
 
@@ -27,42 +29,44 @@ Record = dict[str, Any]
 class TrainingDisplay:
     """Shows step, loss, worst domain, spend against budget, tokens per second and the time left.
 
-    Where the output is not a terminal, a line a record stands in for the bar.
+    The bar has a line of its own, so that nothing is cut at 80 columns. Where the output is not a
+    terminal, a line a record stands in for both.
     """
 
     def __init__(self, console: Console, *, total: int, unit: str) -> None:
         self._console = console
         self._unit = unit
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            TextColumn("step"),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[shown]}"),
+            BarColumn(bar_width=None),
             TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
         )
-        self._task = self._progress.add_task("train", total=total, shown="")
+        self._task = self._progress.add_task("train", total=total)
+        self._figures = Text(no_wrap=True)
+        self._live = Live(Group(self._progress, self._figures), console=console)
         self.has_stepped = False
 
     def __enter__(self) -> "TrainingDisplay":
-        self._progress.start()
+        if self._console.is_terminal:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        self._live.stop()
 
     def on_step(self, view: StepView) -> None:
-        """Moves the bar."""
+        """Moves the bar and renews the figures below it."""
         self.has_stepped = True
-        worst = (
-            "" if view.worst_domain is None else f"worst {view.worst_domain} {view.worst_loss:.2f}"
-        )
-        shown = (
-            f"loss {view.loss:.3f}  {worst} {self._unit}  spend {view.spend:,}/{view.limit:,}  "
-            f"{view.tokens_per_second:,.0f} tok/s"
-        )
-        self._progress.update(self._task, completed=view.step, shown=shown)
+        figures = [
+            f"loss {view.loss:.3f}",
+            f"spend {view.spend:,}/{view.limit:,}",
+            f"{view.tokens_per_second:,.0f} tok/s",
+        ]
+        if view.worst_domain is not None:
+            figures.insert(1, f"worst {view.worst_domain} {view.worst_loss:.2f} {self._unit}")
+        self._progress.update(self._task, completed=view.step)
+        self._figures.plain = "  ".join(figures)
 
     def on_record(self, record: Record) -> None:
         """Prints evaluations and alarms above the bar; also training records without a terminal."""
