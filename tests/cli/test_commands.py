@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -140,6 +142,18 @@ def test_report_of_two_runs(drgr, finished, tmp_path):
     assert str(output) in answer.out.replace("\n", "")
 
 
+def test_a_comparison_does_not_replace_the_report_of_a_run(drgr, finished):
+    own, comparison = finished / "report.html", finished / "comparison.html"
+    drgr("report", finished)
+    before = own.read_bytes()
+    try:
+        assert drgr("report", finished, finished).code == 0
+        assert comparison.exists()
+        assert own.read_bytes() == before
+    finally:
+        comparison.unlink(missing_ok=True)
+
+
 class TestInformation:
     def test_version(self, drgr):
         answer = drgr("--version")
@@ -192,3 +206,8 @@ class TestInformation:
             line = next(line for line in answer.out.splitlines() if line.startswith(domain))
             assert f"train {len(corpus.tokens('train', domain)):>9,}" in line
             assert f"{corpus.bytes_per_token('train', domain):.2f} bytes/token" in line
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, drgr.cli.commands; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

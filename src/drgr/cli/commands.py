@@ -1,35 +1,17 @@
-"""The commands: each reads its arguments, calls one function, and shows what came out."""
+"""The commands and their arguments.
 
-import signal
+What a command does is in ``actions``, which is imported when a command runs: it brings PyTorch and
+transformers, and ``drgr --help`` should not wait for them.
+"""
+
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import drgr
-from drgr.cli.display import (
-    Record,
-    evaluation_summary,
-    evaluation_table,
-    preparation_display,
-    quiet_libraries,
-)
-from drgr.cli.running import existing_run, load_recipe, prepare, run_evaluation, run_training
-from drgr.collectives import rank
-from drgr.data import BUILT_IN_CORPORA
 from drgr.errors import ConfigError, DataError, DrgrError, UnknownRouterError
-from drgr.recipes import RECIPES
-from drgr.report import write_report
-from drgr.training import (
-    DataConfig,
-    RunDirectory,
-    known_keys,
-    override,
-    resolve_cache,
-    write_json,
-)
 
 _USAGE, _FAILED = 2, 3
 # What a user can mend by changing arguments, settings or data, before anything was computed.
@@ -104,21 +86,17 @@ def train_command(
     report: Annotated[bool, typer.Option(help="Write the report at the end.")] = True,
 ) -> None:
     """Train a model. Several processes: torchrun --nproc-per-node=2 -m drgr train ..."""
-    config = override(load_recipe(recipe), settings or [])
-    directory = RunDirectory(run_dir or Path("runs") / config.name)
-    quiet_libraries()
-    outcome = run_training(config, directory, cache=cache, resume=resume, overwrite=overwrite)
-    if not outcome.is_first_process:
-        raise typer.Exit(outcome.exit_code)
-    if outcome.evaluation is None:
-        name = signal.Signals(outcome.signal).name
-        sys.stderr.write(
-            f"drgr: stopped by {name} after step {outcome.step}, saved; use --resume\n"
-        )
-        raise typer.Exit(outcome.exit_code)
-    _show(outcome.evaluation)
-    if report:
-        _write_report([directory], directory.path / "report.html")
+    from drgr.cli import actions
+
+    actions.train_run(
+        recipe,
+        run_dir=run_dir,
+        settings=settings or [],
+        cache=cache,
+        resume=resume,
+        overwrite=overwrite,
+        report=report,
+    )
 
 
 @app.command("evaluate")
@@ -132,11 +110,9 @@ def evaluate_command(
     cache: Cache = None,
 ) -> None:
     """Evaluate the last checkpoint of a run on every domain of a split."""
-    quiet_libraries()
-    record = run_evaluation(existing_run(run_dir), split=split, windows=windows, cache=cache)
-    _show(record)
-    if output is not None:
-        write_json(output, record)
+    from drgr.cli import actions
+
+    actions.evaluate_run(run_dir, split=split, windows=windows, output=output, cache=cache)
 
 
 @app.command("report")
@@ -145,12 +121,16 @@ def report_command(
         list[Path], typer.Argument(metavar="RUN...", help="One or more run directories.")
     ],
     output: Annotated[
-        Path | None, typer.Option(help="The HTML file; by default report.html in the first run.")
+        Path | None,
+        typer.Option(
+            help="The HTML file; by default report.html, or comparison.html, in the first run."
+        ),
     ] = None,
 ) -> None:
     """Write one self-contained HTML report on one run, or several side by side."""
-    runs = [existing_run(path) for path in run_dirs]
-    _write_report(runs, output or runs[0].path / "report.html")
+    from drgr.cli import actions
+
+    actions.report_runs(run_dirs, output=output)
 
 
 @app.command("recipes")
@@ -160,23 +140,23 @@ def recipes_command(
     ] = None,
 ) -> None:
     """List the recipes, or show one."""
-    if name is not None:
-        typer.echo(load_recipe(name).to_json(), nl=False)
-        return
-    for key, recipe in RECIPES.items():
-        typer.echo(f"{key:<12}{(recipe.__doc__ or '').strip()}")
+    from drgr.cli import actions
+
+    actions.show_recipes(name)
 
 
 @app.command("settings")
 def settings_command() -> None:
     """List every setting by its dotted path."""
-    typer.echo("\n".join(known_keys()))
+    from drgr.cli import actions
+
+    actions.show_settings()
 
 
 @data_app.command("prepare")
 def data_prepare_command(
     corpus: Annotated[
-        str, typer.Argument(help=f"One of {', '.join(BUILT_IN_CORPORA)}, or a domain file.")
+        str, typer.Argument(help="A built-in corpus (see drgr data list), or a domain file.")
     ] = "drgr-8",
     cache: Cache = None,
     vocabulary_size: Annotated[int, typer.Option(min=258, help="Tokens of the tokenizer.")] = 2048,
@@ -188,40 +168,20 @@ def data_prepare_command(
     ] = False,
 ) -> None:
     """Fetch, check, split and tokenize a corpus; continues where it was interrupted."""
-    quiet_libraries()
-    console = Console()
-    data = DataConfig(
-        corpus=corpus,
-        vocabulary_size=vocabulary_size,
-        tokenizer=tokenizer,
-        skip_unreadable=skip_unreadable,
-    )
-    with preparation_display(console) as display:
-        prepared = prepare(data, cache=resolve_cache(cache), report=display)
-    for domain in prepared.domains:
-        shown = "  ".join(
-            f"{split} {len(prepared.tokens(split, domain)):>9,}"
-            for split in ("train", "validation", "test")
-        )
-        ratio = prepared.bytes_per_token("train", domain)
-        line = f"{domain:<12}{shown}  {ratio:.2f} bytes/token"
-        console.print(line, highlight=False, soft_wrap=True)
-    typer.echo(f"{prepared.name} is in {prepared.directory}")
+    from drgr.cli import actions
+
+    data: dict[str, object] = {
+        "corpus": corpus,
+        "vocabulary_size": vocabulary_size,
+        "tokenizer": tokenizer,
+        "skip_unreadable": skip_unreadable,
+    }
+    actions.prepare_data(data, cache=cache)
 
 
 @data_app.command("list")
 def data_list_command() -> None:
     """List the built-in corpora."""
-    typer.echo("\n".join(BUILT_IN_CORPORA))
+    from drgr.cli import actions
 
-
-def _show(record: Record) -> None:
-    console = Console()
-    if rank() == 0:
-        console.print(evaluation_table(record))
-        console.print(evaluation_summary(record), highlight=False, soft_wrap=True)
-
-
-def _write_report(runs: list[RunDirectory], output: Path) -> None:
-    written = write_report([run.path for run in runs], output=output)
-    typer.echo(f"{'report':<22}{written}")
+    actions.list_corpora()

@@ -36,7 +36,7 @@ def demo() -> RunConfig:
             controller=QuantileConfig(),
         ),
         robustness=RobustnessConfig(apply_to="sampling", divergence="kl", penalty=0.3),
-        training=TrainingConfig(steps=250),
+        training=TrainingConfig(steps=250, evaluate_every=50),
     )
 
 

@@ -1,0 +1,120 @@
+"""What each command does once its arguments are read: call one function, show what came out."""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from drgr.cli.display import (
+    Record,
+    evaluation_summary,
+    evaluation_table,
+    preparation_display,
+    quiet_libraries,
+)
+from drgr.cli.running import existing_run, load_recipe, prepare, run_evaluation, run_training
+from drgr.collectives import rank
+from drgr.data import BUILT_IN_CORPORA
+from drgr.recipes import RECIPES
+from drgr.report import write_report
+from drgr.training import (
+    DataConfig,
+    RunDirectory,
+    known_keys,
+    override,
+    resolve_cache,
+    write_json,
+)
+
+
+def train_run(
+    recipe: str,
+    *,
+    run_dir: Path | None,
+    settings: Sequence[str],
+    cache: Path | None,
+    resume: bool,
+    overwrite: bool,
+    report: bool,
+) -> None:
+    """Trains, shows the evaluation and writes the report."""
+    config = override(load_recipe(recipe), settings)
+    directory = RunDirectory(run_dir or Path("runs") / config.name)
+    quiet_libraries()
+    outcome = run_training(config, directory, cache=cache, resume=resume, overwrite=overwrite)
+    if not outcome.is_first_process:
+        raise typer.Exit(outcome.exit_code)
+    if outcome.evaluation is None:
+        name = signal.Signals(outcome.signal).name
+        sys.stderr.write(
+            f"drgr: stopped by {name} after step {outcome.step}, saved; use --resume\n"
+        )
+        raise typer.Exit(outcome.exit_code)
+    _show(outcome.evaluation)
+    if report:
+        report_runs([directory.path], output=None)
+
+
+def evaluate_run(
+    run_dir: Path, *, split: str, windows: int | None, output: Path | None, cache: Path | None
+) -> None:
+    """Evaluates the last checkpoint of a run and shows the result."""
+    quiet_libraries()
+    record = run_evaluation(existing_run(run_dir), split=split, windows=windows, cache=cache)
+    _show(record)
+    if output is not None:
+        write_json(output, record)
+
+
+def report_runs(run_dirs: Sequence[Path], *, output: Path | None) -> None:
+    """Writes the report on one run into it, or that on several beside what the first one has."""
+    runs = [existing_run(path).path for path in run_dirs]
+    name = "report.html" if len(runs) == 1 else "comparison.html"
+    written = write_report(runs, output=output or runs[0] / name)
+    typer.echo(f"{'report':<22}{written}")
+
+
+def show_recipes(name: str | None) -> None:
+    """Lists the recipes, or shows one as JSON."""
+    if name is not None:
+        typer.echo(load_recipe(name).to_json(), nl=False)
+        return
+    for key, recipe in RECIPES.items():
+        typer.echo(f"{key:<12}{(recipe.__doc__ or '').strip()}")
+
+
+def show_settings() -> None:
+    """Lists the dotted path of every setting."""
+    typer.echo("\n".join(known_keys()))
+
+
+def prepare_data(data: dict[str, object], *, cache: Path | None) -> None:
+    """Prepares a corpus and shows how large it is."""
+    quiet_libraries()
+    console = Console()
+    with preparation_display(console) as display:
+        settings = DataConfig.model_validate(data)
+        prepared = prepare(settings, cache=resolve_cache(cache), report=display)
+    for domain in prepared.domains:
+        shown = "  ".join(
+            f"{split} {len(prepared.tokens(split, domain)):>9,}"
+            for split in ("train", "validation", "test")
+        )
+        line = f"{domain:<12}{shown}  {prepared.bytes_per_token('train', domain):.2f} bytes/token"
+        console.print(line, highlight=False, soft_wrap=True)
+    typer.echo(f"{prepared.name} is in {prepared.directory}")
+
+
+def list_corpora() -> None:
+    """Lists the built-in corpora."""
+    typer.echo("\n".join(BUILT_IN_CORPORA))
+
+
+def _show(record: Record) -> None:
+    console = Console()
+    if rank() == 0:
+        console.print(evaluation_table(record))
+        console.print(evaluation_summary(record), highlight=False, soft_wrap=True)
