@@ -37,6 +37,11 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
     runs = result["runs"]
     seeds = len({run["seed"] for run in runs})
     over = sum(run.get("batches_over_budget", 0) for run in runs)
+    spends = [
+        run["evaluation_spend"]["spend"] / run["evaluation_spend"]["budget"]
+        for run in runs
+        if "failed" not in run
+    ]
     config = result["setting"]
     lines = [
         "## What it measured so far",
@@ -57,7 +62,9 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
         )
     lines += [
         "",
-        f"Batches over their budget in all {len(runs)} runs together: {over}. Three seeds of a "
+        f"Batches over their budget in training, in all {len(runs)} runs together: {over}. At "
+        f"evaluation the frozen price spent {min(spends):.1%} to {max(spends):.1%} of the budget. "
+        f"Three seeds of a "
         f"small model show that the parts work; they do not rank methods that are close.",
     ]
     return lines
