@@ -18,10 +18,10 @@ def check_not_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
 
 
-def check_probability(name: str, value: float) -> None:
-    """Raises ``ValueError`` unless ``0 <= value <= 1``."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+def check_share(name: str, value: float) -> None:
+    """Raises ``ValueError`` unless ``0 <= value < 1``."""
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
 def check_shape(name: str, tensor: Tensor, expected: Sequence[int | None]) -> None:

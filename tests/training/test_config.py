@@ -314,6 +314,8 @@ class TestErrors:
             ({"training": {"beta1": 1.0}}, ["training.beta1: ", "less than 1", "got 1.0"]),
             ({"training": {"device": "tpu"}}, ["training.device: ", "'cuda'", "got 'tpu'"]),
             ({"data": {"sampling": {"a": -1}}}, ["data.sampling", "got -1"]),
+            # A domain may bear the name of a kind of controller or model.
+            ({"data": {"sampling": {"none": -1}}}, ["data.sampling.none: ", "got -1"]),
             ({"data": {"sampling": "equal"}}, ["data.sampling", "'uniform'", "got 'equal'"]),
             ({"data": {"vocabulary_size": 100}}, ["data.vocabulary_size: ", "258", "got 100"]),
             ({"model": {"kind": "dense"}}, ["model: ", "tiny-olmoe"]),

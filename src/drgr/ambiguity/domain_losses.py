@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from drgr._checks import check_shape
+from drgr._checks import check_shape, check_share
 from drgr.ambiguity.divergence import Divergence
 from drgr.ambiguity.inputs import checked_nominal
 from drgr.ambiguity.worst_case import WorstCase, worst_case
@@ -78,8 +78,7 @@ class DomainLosses:
         self, num_domains: int, *, smoothing: float = 0.9, reference: Tensor | None = None
     ) -> None:
         _check_num_domains(num_domains)
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        check_share("smoothing", smoothing)
         if reference is not None:
             check_shape("reference", reference, (num_domains,))
             _check_finite_reference(reference)

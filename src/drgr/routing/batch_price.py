@@ -5,6 +5,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from drgr._checks import check_share
 from drgr.routing.plan import LayerRouting
 
 
@@ -23,8 +24,7 @@ class BatchPrice:
     """
 
     def __init__(self, *, smoothing: float = 0.9, device: torch.device | None = None) -> None:
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        check_share("smoothing", smoothing)
         self._smoothing = smoothing
         self._value = torch.full((), torch.nan, device=device)
         self._observed: list[Tensor] = []

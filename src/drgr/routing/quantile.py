@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from drgr._checks import check_share
 from drgr.collectives import sum_over_processes
 from drgr.numerics import kth_largest
 from drgr.routing.plan import LayerRouting
@@ -40,8 +41,7 @@ class QuantileBalancing:
     def __init__(
         self, num_experts: int, *, smoothing: float = 0.0, device: torch.device | None = None
     ) -> None:
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+        check_share("smoothing", smoothing)
         self._smoothing = smoothing
         self._prices = torch.zeros(num_experts, device=device)
         self._margins: list[Tensor] = []

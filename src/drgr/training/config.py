@@ -344,9 +344,25 @@ def _describe(problem: dict[str, Any]) -> str:
 
 
 def _without_tags(location: Sequence[str]) -> list[str]:
-    """Drops the union tags that the validation library puts into a path."""
-    tags = {"tiny-olmoe", "tiny-qwen3-moe", "pretrained", "none", "sign-bias", "quantile"}
-    return [part for part in location if part not in tags and "[" not in part]
+    """Drops what the validation library puts into a path to tell the branches of a union apart.
+
+    That is the ``kind`` of an alternative, or a type such as ``dict[str, float]``.
+    """
+    kept: list[str] = []
+    models: list[type[BaseModel]] = [RunConfig]
+    for part in location:
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        is_branch = any(part in _kinds(model) for model in models) or "[" in part
+        if fields or not is_branch:
+            kept.append(part)
+            models = [child for field in fields for child in _model_types(field.annotation)]
+    return kept
+
+
+def _kinds(model: type[BaseModel]) -> tuple[Any, ...]:
+    """Returns the values of ``kind`` that choose this alternative; none where it is not one."""
+    kind = model.model_fields.get("kind")
+    return () if kind is None else get_args(kind.annotation)
 
 
 def _unknown_key(path: str) -> str:
