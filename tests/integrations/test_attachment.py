@@ -191,6 +191,20 @@ def test_decoding_with_a_cache_routes_as_one_forward_pass(build_family, family):
     assert counts.min() < counts.max()
 
 
+def test_decoding_after_a_padded_prompt_gives_every_new_token_its_experts(build_family, family):
+    model = build_family(family)
+    attachment = attach(model, budget=BUDGET)
+    train_steps(model, attachment)
+    model.eval()
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    with torch.no_grad():
+        past = model(tokens(2, 6), attention_mask=mask[:, :6], use_cache=True).past_key_values
+        with attachment.record() as records:
+            model(tokens(2, 1), attention_mask=mask, past_key_values=past, use_cache=True)
+    assert all(bool((routing.plan.keep.sum(dim=1) >= 1).all()) for routing in records)
+
+
 def dense_plan(plan, batch, num_experts=8):
     """The plan as a mask (batch, length, experts)."""
     mask = torch.zeros(plan.keep.shape[0], num_experts, dtype=torch.bool)
