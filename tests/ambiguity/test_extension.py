@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from drgr.ambiguity import KL, Problem, SaddlePoint, Status, exact_saddle_point, worst_case
+from drgr.ambiguity import (
+    KL,
+    Problem,
+    SaddlePoint,
+    Status,
+    divergence_of_top,
+    exact_saddle_point,
+    restricted_to_top,
+    worst_case,
+)
 from drgr.numerics import increasing_root
 
 
@@ -18,19 +27,22 @@ class Burg:
 
     has_level: ClassVar[bool] = True
 
-    def generator(self, tilt: Tensor) -> Tensor:
-        return tilt - torch.log1p(tilt)
+    def generator(self, log_ratio: Tensor) -> Tensor:
+        return torch.expm1(log_ratio) - log_ratio
 
     def conjugate(self, slope: Tensor) -> Tensor:
         return -torch.log1p(-slope)
 
-    def saturation_radius(self, odds: Tensor) -> Tensor:
-        return torch.full_like(odds, torch.inf)
+    def limit(self, problem: Problem) -> Tensor:
+        return restricted_to_top(problem)
+
+    def saturation_radius(self, problem: Problem) -> Tensor:
+        return divergence_of_top(self.generator, problem)
 
     def constrained(self, problem: Problem, radius: Tensor) -> SaddlePoint:
         def residual(log_level: Tensor) -> tuple[Tensor, Tensor]:
             saddle = self._at(problem, log_level.exp())
-            spent = problem.mean(self.generator(saddle.tilt))
+            spent = problem.mean(self.generator(saddle.log_ratio))
             return radius - spent, torch.full_like(radius, torch.nan)
 
         ends = torch.full_like(radius, 60.0)
@@ -51,7 +63,7 @@ class Burg:
         inverse = 1 / (level.unsqueeze(-1) - problem.losses)
         multiplier = 1 / problem.mean(inverse)
         return exact_saddle_point(
-            tilt=multiplier.unsqueeze(-1) * inverse - 1,
+            log_ratio=(multiplier.unsqueeze(-1) * inverse).log(),
             multiplier=multiplier,
             threshold=level - multiplier,
         )
@@ -64,13 +76,16 @@ class TailMean:
     level: float
     has_level: ClassVar[bool] = False
 
-    def generator(self, tilt: Tensor) -> Tensor:
-        return torch.zeros_like(tilt)
+    def generator(self, log_ratio: Tensor) -> Tensor:
+        return torch.zeros_like(log_ratio)
 
     def conjugate(self, slope: Tensor) -> Tensor:
         return slope.clamp_min(0) / self.level
 
-    def saturation_radius(self, odds: Tensor) -> Tensor:
+    def limit(self, problem: Problem) -> Tensor:
+        raise NotImplementedError
+
+    def saturation_radius(self, problem: Problem) -> Tensor:
         raise NotImplementedError
 
     def constrained(self, problem: Problem, radius: Tensor) -> SaddlePoint:
@@ -80,28 +95,31 @@ class TailMean:
         losses, order = problem.losses.sort(dim=-1, descending=True)
         mass = problem.nominal.gather(-1, order)
         taken = (self.level - (mass.cumsum(-1) - mass)).clamp_min(0).minimum(mass) / self.level
-        tilt = torch.zeros_like(mass).scatter(-1, order, taken / mass - 1)
+        log_ratio = torch.zeros_like(mass).scatter(-1, order, (taken / mass).log())
         last = (taken > 0).sum(-1, keepdim=True) - 1
         threshold = losses.gather(-1, last).squeeze(-1)
-        return exact_saddle_point(tilt=tilt, multiplier=penalty, threshold=threshold)
+        return exact_saddle_point(log_ratio=log_ratio, multiplier=penalty, threshold=threshold)
 
 
 @dataclass(frozen=True)
 class Broken:
-    """KL with a solver that returns ``tilt`` and says whether it ran out of steps."""
+    """KL with a solver that returns ``log_ratio`` and says whether it ran out of steps."""
 
-    tilt: float
+    log_ratio: float
     exhausted: bool = False
     has_level: ClassVar[bool] = True
 
-    def generator(self, tilt: Tensor) -> Tensor:
-        return KL().generator(tilt)
+    def generator(self, log_ratio: Tensor) -> Tensor:
+        return KL().generator(log_ratio)
 
     def conjugate(self, slope: Tensor) -> Tensor:
         return KL().conjugate(slope)
 
-    def saturation_radius(self, odds: Tensor) -> Tensor:
-        return KL().saturation_radius(odds)
+    def limit(self, problem: Problem) -> Tensor:
+        return KL().limit(problem)
+
+    def saturation_radius(self, problem: Problem) -> Tensor:
+        return KL().saturation_radius(problem)
 
     def constrained(self, problem: Problem, radius: Tensor) -> SaddlePoint:
         return self.penalized(problem, radius)
@@ -109,7 +127,7 @@ class Broken:
     def penalized(self, problem: Problem, penalty: Tensor) -> SaddlePoint:
         right = KL().penalized(problem, penalty)
         return SaddlePoint(
-            tilt=torch.full_like(right.tilt, self.tilt),
+            log_ratio=torch.full_like(right.log_ratio, self.log_ratio),
             multiplier=right.multiplier,
             threshold=right.threshold,
             exhausted=torch.full_like(penalty, self.exhausted, dtype=torch.bool),

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from drgr.ambiguity.divergence import Divergence, Problem, SaddlePoint, exact_saddle_point
-from drgr.ambiguity.inputs import Level
+from drgr.ambiguity.scaling import Level
 from drgr.numerics import Status
 
 # Largest duality gap, relative to the range of the losses, of a result that counts as converged.
 _GAP_TOLERANCE = 1e-9
+# Weights outside the ball by rounding alone stay as they are.
+_FEASIBLE = 1e-12
+_ROUNDING_OF_SUM = 1e-14
+_VANISHING = 1e-300
+_BOUNDLESS = 1e250
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,84 +49,84 @@ def certified_saddle_point(
     """
     if level.kind == "radius":
         saddle = _constrained(divergence, problem, level.value)
-        tilt = _shrunk_into_ball(
-            divergence, problem, _normalized(problem, saddle.tilt), level.value
-        )
         cost_of_size = _product_or_zero(saddle.multiplier, level.value)
     else:
         saddle = divergence.penalized(problem, level.value)
-        tilt = _normalized(problem, saddle.tilt)
         cost_of_size = torch.zeros_like(level.value)
-    spent = problem.mean(divergence.generator(tilt))
-    objective = problem.mean((1 + tilt) * problem.losses)
+    weights, log_ratio = _normalized(problem, saddle.log_ratio)
+    spent = problem.mean(divergence.generator(log_ratio))
+    if level.kind == "radius" and bool((spent > level.value * (1 + _FEASIBLE)).any()):
+        log_ratio = _shrunk_into_ball(log_ratio, spent, level.value)
+        spent = problem.mean(divergence.generator(log_ratio))
+        weights = problem.nominal * log_ratio.exp()
+    objective = (weights * problem.losses).sum(dim=-1)
     if level.kind == "penalty":
         objective = objective - level.value * spent
     slope = _scaled_conjugate(divergence, problem, saddle)
     gap = (saddle.threshold + cost_of_size + problem.mean(slope) - objective).abs()
     return CertifiedSaddlePoint(
-        weights=problem.nominal * (1 + tilt),
+        weights=weights,
         objective=objective,
         multiplier=saddle.multiplier,
         threshold=saddle.threshold,
         divergence=spent,
         gap=gap,
         nominal_slope=slope.masked_fill(problem.nominal == 0, 0.0),
-        status=_status(gap, saddle.exhausted),
+        status=certified_status(gap, saddle.exhausted),
     )
 
 
 def _constrained(divergence: Divergence, problem: Problem, radius: Tensor) -> SaddlePoint:
     """Answers saturated and zero radii in closed form and leaves the others to the divergence."""
-    odds = problem.odds_against_top()
-    saturated = radius >= divergence.saturation_radius(odds)
+    saturated = radius >= divergence.saturation_radius(problem)
     interior = ~saturated & (radius > 0)
     if bool(interior.all()):
         return divergence.constrained(problem, radius)
-    edge = _edge(problem, odds, saturated)
+    edge = _edge(problem, divergence.limit(problem), saturated)
     if not bool(interior.any()):
         return edge
     rows = interior.nonzero().squeeze(-1)
     solved = divergence.constrained(problem.rows(rows), radius[rows])
     return SaddlePoint(
-        tilt=edge.tilt.index_copy(0, rows, solved.tilt),
+        log_ratio=edge.log_ratio.index_copy(0, rows, solved.log_ratio),
         multiplier=edge.multiplier.index_copy(0, rows, solved.multiplier),
         threshold=edge.threshold.index_copy(0, rows, solved.threshold),
         exhausted=edge.exhausted.index_copy(0, rows, solved.exhausted),
     )
 
 
-def _edge(problem: Problem, odds: Tensor, saturated: Tensor) -> SaddlePoint:
-    """Returns the nominal on the top (``lam = 0``) where saturated, else the nominal (``inf``)."""
-    on_top = torch.where(problem.is_top(), odds.unsqueeze(-1), -1.0)
+def _edge(problem: Problem, largest: Tensor, saturated: Tensor) -> SaddlePoint:
+    """Returns the limit weights (``lam = 0``) where saturated, else the nominal (``inf``)."""
+    lowest = problem.losses.masked_fill(largest.isneginf(), 0.0).amin(dim=-1)
     return exact_saddle_point(
-        tilt=torch.where(saturated.unsqueeze(-1), on_top, 0.0),
-        multiplier=torch.full_like(odds, torch.inf).masked_fill(saturated, 0.0),
-        threshold=torch.where(saturated, 0.0, problem.mean(problem.losses)),
+        log_ratio=torch.where(saturated.unsqueeze(-1), largest, 0.0),
+        multiplier=torch.full_like(lowest, torch.inf).masked_fill(saturated, 0.0),
+        threshold=torch.where(saturated, lowest, problem.mean(problem.losses)),
     )
 
 
-def _normalized(problem: Problem, tilt: Tensor) -> Tensor:
-    """Removes the rounding error of ``sum_i q_i = 1``."""
-    excess = problem.mean(tilt).unsqueeze(-1)
-    return (tilt - excess) / (1 + excess)
+def _normalized(problem: Problem, log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Removes the rounding error of ``sum_i q_i = 1``; returns ``q`` and ``log(q / p)``."""
+    weights = problem.nominal * log_ratio.exp()
+    total = weights.sum(dim=-1, keepdim=True)
+    total = torch.where((total - 1).abs() < _ROUNDING_OF_SUM, 1.0, total)
+    return weights / total, log_ratio - total.log()
 
 
-def _shrunk_into_ball(
-    divergence: Divergence, problem: Problem, tilt: Tensor, radius: Tensor
-) -> Tensor:
+def _shrunk_into_ball(log_ratio: Tensor, spent: Tensor, radius: Tensor) -> Tensor:
     """Mixes with the nominal until ``D(q||p) <= radius``; by convexity the ratio suffices."""
-    spent = problem.mean(divergence.generator(tilt))
-    return tilt * torch.where(spent > radius, radius / spent, 1.0).unsqueeze(-1)
+    share = torch.where(spent > radius, radius / spent, 1.0).unsqueeze(-1)
+    return torch.where(share < 1, torch.log1p(share * torch.expm1(log_ratio)), log_ratio)
 
 
 def _scaled_conjugate(divergence: Divergence, problem: Problem, saddle: SaddlePoint) -> Tensor:
-    """Returns ``lam f*((l - eta) / lam)``; its limits are 0 at ``lam = 0``, ``l - eta`` at inf."""
+    """Returns ``lam f*((l - eta) / lam)`` and its limits: ``l - eta`` at infinity, and at 0."""
     multiplier = saddle.multiplier.unsqueeze(-1)
     shifted = problem.losses - saddle.threshold.unsqueeze(-1)
-    inside = (multiplier > 0) & multiplier.isfinite()
-    safe = torch.where(inside, multiplier, 1.0)
-    scaled = safe * divergence.conjugate(shifted / safe)
-    return torch.where(inside, scaled, torch.where(multiplier > 0, shifted, 0.0))
+    # Where lam is 0 a lam far below rounding gives the limit, the recession function.
+    inside = torch.where(multiplier > 0, multiplier, _VANISHING).clamp_max(_BOUNDLESS)
+    scaled = inside * divergence.conjugate(shifted / inside)
+    return torch.where(multiplier < _BOUNDLESS, scaled, shifted)
 
 
 def _product_or_zero(multiplier: Tensor, radius: Tensor) -> Tensor:
@@ -129,7 +134,8 @@ def _product_or_zero(multiplier: Tensor, radius: Tensor) -> Tensor:
     return torch.where(radius > 0, multiplier * radius, 0.0)
 
 
-def _status(gap: Tensor, exhausted: Tensor) -> Status:
+def certified_status(gap: Tensor, exhausted: Tensor) -> Status:
+    """Returns what the gaps of a batch say, and whether an iteration ran out of steps."""
     if bool((gap <= _GAP_TOLERANCE).all()):
         return Status.CONVERGED
     if bool(gap.isnan().any()):

@@ -6,7 +6,13 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from drgr.ambiguity.divergence import Problem, SaddlePoint, exact_saddle_point
+from drgr.ambiguity.divergence import (
+    Problem,
+    SaddlePoint,
+    divergence_of_top,
+    exact_saddle_point,
+    restricted_to_top,
+)
 
 
 @final
@@ -20,7 +26,7 @@ class ChiSquare:
     loss.
 
     Conversions: a radius in the Pearson convention is twice this radius; a coefficient of variation
-    ``c`` of ``q/p`` is radius ``c^2 / 2``.
+    ``c`` of ``q/p`` is radius ``c^2 / 2``; it is Cressie-Read of order 2.
 
     Both problems are solved by one finite algorithm: sort, find the active set from running sums of
     nonnegative terms (no cancellation), then evaluate a closed form on that set.
@@ -31,22 +37,40 @@ class ChiSquare:
     References:
         Levy, Carmon, Duchi, Sidford, *Large-Scale Methods for Distributionally Robust
         Optimization*, NeurIPS 2020 (same normalisation).
+
+    Examples:
+        >>> import torch
+        >>> from drgr.ambiguity import worst_case
+        >>> worst_case(torch.tensor([1.0, 2.0, 4.0]), divergence=ChiSquare(), radius=0.3).weights
+        tensor([0.0463, 0.2073, 0.7464])
     """
 
     has_level: ClassVar[bool] = True
 
-    def generator(self, tilt: Tensor) -> Tensor:
-        """Returns ``u^2 / 2``."""
-        return tilt.square() / 2
+    def generator(self, log_ratio: Tensor) -> Tensor:
+        """Returns ``(r - 1)^2 / 2``."""
+        return torch.expm1(log_ratio).square() / 2
 
     def conjugate(self, slope: Tensor) -> Tensor:
         """Returns ``s + s^2 / 2`` for ``s >= -1`` and ``-1/2`` below."""
         clipped = slope.clamp_min(-1.0)
         return clipped + clipped.square() / 2
 
-    def saturation_radius(self, odds: Tensor) -> Tensor:
-        """Returns ``(1/P - 1) / 2``."""
-        return odds / 2
+    def ratio(self, slope: Tensor) -> Tensor:
+        """Returns ``(1 + s)_+``."""
+        return (1 + slope).clamp_min(0.0)
+
+    def ratio_slope(self, slope: Tensor) -> Tensor:
+        """Returns 1 for ``s > -1`` and 0 below."""
+        return (slope > -1).to(slope.dtype)
+
+    def limit(self, problem: Problem) -> Tensor:
+        """Returns the nominal restricted to the largest loss."""
+        return restricted_to_top(problem)
+
+    def saturation_radius(self, problem: Problem) -> Tensor:
+        """Returns the divergence of the nominal restricted to the largest loss."""
+        return divergence_of_top(self.generator, problem)
 
     def constrained(self, problem: Problem, radius: Tensor) -> SaddlePoint:
         """Solves by sorting.
@@ -131,7 +155,7 @@ def _on_active_set(active: _ActiveSet, depth: Tensor) -> SaddlePoint:
     threshold = active.mean - active.rest * depth
     slope = (active.heights - threshold.unsqueeze(-1)) / multiplier.unsqueeze(-1)
     return exact_saddle_point(
-        tilt=slope.masked_fill(~active.member, -1.0).clamp_min(-1.0),
+        log_ratio=torch.log1p(slope.masked_fill(~active.member, -1.0).clamp_min(-1.0)),
         multiplier=multiplier,
         threshold=active.floor + threshold,
     )

@@ -1,7 +1,8 @@
 """The interface between a divergence and the solver-independent part of the worst case."""
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ class Problem:
     """Scaled losses in [-1, 0], float64, shape ``(batch, n)``; -1 at atoms without nominal mass."""
     nominal: Tensor
     """Nominal probabilities, float64, shape ``(batch, n)``; each row sums to 1."""
+    has_empty_atoms: bool = False
+    """Whether some atom has no nominal mass; such atoms never count, whatever their values."""
+    is_uniform: bool = False
+    """Whether all nominal masses are known to be ``1 / n``, which saves some sorting."""
 
     def is_top(self) -> Tensor:
         """Returns which atoms with mass have the largest loss, bool, shape ``(batch, n)``."""
@@ -36,21 +41,25 @@ class Problem:
 
     def mean(self, values: Tensor) -> Tensor:
         """Returns the nominal mean of ``values``, from shape ``(batch, n)`` to ``(batch,)``."""
-        return (self.nominal * values).sum(dim=-1)
+        weighted = self.nominal * values
+        if self.has_empty_atoms:
+            weighted = torch.where(self.nominal > 0, weighted, 0.0)
+        return weighted.sum(dim=-1)
 
     def rows(self, chosen: Tensor) -> "Problem":
         """Returns the problems at the bool or int64 index ``chosen``."""
-        return Problem(losses=self.losses[chosen], nominal=self.nominal[chosen])
+        return replace(self, losses=self.losses[chosen], nominal=self.nominal[chosen])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaddlePoint:
     """A primal and a dual point of each problem, in the units of :class:`Problem`."""
 
-    tilt: Tensor
-    """Relative change of each atom's mass, ``q / p - 1 >= -1``, shape ``(batch, n)``.
+    log_ratio: Tensor
+    """Logarithm ``log(q / p)`` of each atom's change of mass, shape ``(batch, n)``.
 
-    The change and not the mass: for a small radius its digits would drown beside the 1.
+    The logarithm keeps the digits of changes near 1 (small radius) and of masses near 0 alike;
+    ``-inf`` is an atom without weight.
     """
     multiplier: Tensor
     """``lam >= 0`` of the divergence, shape ``(batch,)``."""
@@ -60,10 +69,30 @@ class SaddlePoint:
     """Whether an iteration ran out of steps, bool, shape ``(batch,)``."""
 
 
-def exact_saddle_point(*, tilt: Tensor, multiplier: Tensor, threshold: Tensor) -> SaddlePoint:
+def exact_saddle_point(*, log_ratio: Tensor, multiplier: Tensor, threshold: Tensor) -> SaddlePoint:
     """Returns the saddle point of a solver without iterations."""
     exhausted = torch.zeros_like(multiplier, dtype=torch.bool)
-    return SaddlePoint(tilt=tilt, multiplier=multiplier, threshold=threshold, exhausted=exhausted)
+    return SaddlePoint(
+        log_ratio=log_ratio, multiplier=multiplier, threshold=threshold, exhausted=exhausted
+    )
+
+
+def restricted_to_top(problem: Problem) -> Tensor:
+    """Returns ``log(q / p)`` of the nominal restricted to the largest loss, shape ``(batch, n)``.
+
+    Differentiable in the nominal.
+    """
+    log_ratio = torch.log1p(problem.odds_against_top()).unsqueeze(-1)
+    return log_ratio.expand_as(problem.losses).masked_fill(~problem.is_top(), -torch.inf)
+
+
+def divergence_of_top(generator: Callable[[Tensor], Tensor], problem: Problem) -> Tensor:
+    """Returns ``P f(1 / P) + (1 - P) f(0)``, the divergence of :func:`restricted_to_top`."""
+    odds = problem.odds_against_top()
+    at_zero = generator(torch.full_like(odds, -torch.inf))
+    rest = odds / (1 + odds)
+    lost = torch.where(rest > 0, rest * at_zero, 0.0)
+    return generator(torch.log1p(odds)) / (1 + odds) + lost
 
 
 class Divergence(Protocol):
@@ -78,19 +107,26 @@ class Divergence(Protocol):
     has_level: ClassVar[bool]
     """Whether the set takes a radius or a penalty; False where the divergence fixes its size."""
 
-    def generator(self, tilt: Tensor) -> Tensor:
-        """Returns ``f(1 + tilt)`` elementwise, accurate also for small ``tilt``."""
+    def generator(self, log_ratio: Tensor) -> Tensor:
+        """Returns ``f(exp(log_ratio))`` elementwise, accurate also near 0 and at ``-inf``."""
         ...
 
     def conjugate(self, slope: Tensor) -> Tensor:
         """Returns ``f*(slope)`` elementwise, accurate also for small ``slope``."""
         ...
 
-    def saturation_radius(self, odds: Tensor) -> Tensor:
-        """Returns the divergence of the nominal restricted to the top atoms, ``inf`` if infinite.
+    def limit(self, problem: Problem) -> Tensor:
+        """Returns ``log(q / p)`` of the worst case of the largest set, shape ``(batch, n)``.
 
-        Args:
-            odds: ``(1 - P) / P`` for the mass ``P`` of the top atoms, shape ``(batch,)``.
+        It is what a penalty of 0 or a radius without end gives: mostly
+        :func:`restricted_to_top`.
+        """
+        ...
+
+    def saturation_radius(self, problem: Problem) -> Tensor:
+        """Returns the divergence of ``limit``, ``inf`` if infinite, shape ``(batch,)``.
+
+        Mostly :func:`divergence_of_top`.
         """
         ...
 
@@ -110,4 +146,17 @@ class Divergence(Protocol):
             problem: Any problems, equal losses included.
             penalty: Above 0, in units of the range of the losses, shape ``(batch,)``.
         """
+        ...
+
+
+@runtime_checkable
+class SmoothDivergence(Divergence, Protocol):
+    """A divergence whose weights have derivatives: ``q = p r(s)`` with ``s = (l - eta) / lam``."""
+
+    def ratio(self, slope: Tensor) -> Tensor:
+        """Returns ``r(s) = (f*)'(s)`` elementwise, by differentiable operations."""
+        ...
+
+    def ratio_slope(self, slope: Tensor) -> Tensor:
+        """Returns ``r'(s) = (f*)''(s)`` elementwise, by differentiable operations."""
         ...

@@ -11,6 +11,7 @@ from torch import Tensor
 from drgr._checks import check_shape, check_share
 from drgr.ambiguity.divergence import Divergence
 from drgr.ambiguity.inputs import checked_nominal
+from drgr.ambiguity.spectral import Spectral
 from drgr.ambiguity.worst_case import WorstCase, worst_case
 from drgr.errors import CheckpointError, NonFiniteLossError
 
@@ -133,7 +134,7 @@ class DomainLosses:
 
     def weights(
         self,
-        divergence: Divergence,
+        divergence: Divergence | Spectral,
         *,
         radius: float | None = None,
         penalty: float | None = None,

@@ -1,50 +1,19 @@
-"""Checks and scaling of the arguments of a worst case."""
+"""Checks of the arguments of a worst case."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from drgr._checks import check_not_negative, check_positive
-from drgr.ambiguity.divergence import Divergence, Problem
+from drgr.ambiguity.divergence import Divergence
+from drgr.ambiguity.scaling import Level
+from drgr.ambiguity.spectral import Spectral
 
 _NOMINAL_SUM_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scaling:
-    """How scaled losses map back: ``loss = top + scale * scaled``; each of shape ``(batch,)``."""
-
-    top: Tensor
-    scale: Tensor
-
-    def levels(self, scaled: Tensor) -> Tensor:
-        """Returns loss levels, shape ``(batch,)``, in the unit and offset of the losses."""
-        return self.top + self.scale * scaled
-
-    def differences(self, scaled: Tensor) -> Tensor:
-        """Returns differences of losses, shape ``(batch,)`` or ``(batch, n)``, in their unit."""
-        return scaled * self.scale.reshape(-1, *[1] * (scaled.dim() - 1))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Level:
-    """Size of the ambiguity set: a radius, or a penalty, per problem."""
-
-    kind: Literal["radius", "penalty"]
-    value: Tensor
-    """float64, shape ``(batch,)``."""
-
-    def scaled(self, scaling: Scaling) -> "Level":
-        """Returns the level for scaled losses; far beyond any effect, penalties are clamped."""
-        if self.kind == "radius":
-            return self
-        return Level(kind=self.kind, value=(self.value / scaling.scale).clamp(1e-200, 1e200))
-
-
-def checked_losses(losses: Tensor) -> Tensor:
+def checked_losses(losses: Tensor, *, allow_infinite: bool = False) -> Tensor:
     """Returns the losses in float32 or float64, after checking dtype, shape and values."""
     if not losses.is_floating_point():
         raise TypeError(f"losses must be a floating-point tensor, got {losses.dtype}; convert it")
@@ -53,14 +22,22 @@ def checked_losses(losses: Tensor) -> Tensor:
             f"losses must have shape (..., n) with n >= 1, got {tuple(losses.shape)}; "
             "put the atoms along the last dimension"
         )
-    finite = losses.isfinite()
-    if not bool(finite.all()):
-        index = tuple((~finite).nonzero()[0].tolist())
-        raise ValueError(
-            f"losses must be finite, got {losses[index].item()} at index {_plain(index)}; "
-            "drop or repair that entry before weighting"
-        )
+    right = losses.isfinite()
+    if not bool(right.all()):
+        if allow_infinite:
+            right = right | losses.isposinf()
+        _refuse_wrong_losses(losses, right)
     return losses if losses.dtype in (torch.float32, torch.float64) else losses.float()
+
+
+def _refuse_wrong_losses(losses: Tensor, right: Tensor) -> None:
+    if bool(right.all()):
+        return
+    index = tuple((~right).nonzero()[0].tolist())
+    raise ValueError(
+        f"losses must be finite, got {losses[index].item()} at index {_plain(index)}; "
+        "drop or repair that entry before weighting"
+    )
 
 
 def checked_nominal(nominal: Tensor | None, losses: Tensor) -> Tensor:
@@ -92,7 +69,7 @@ def checked_nominal(nominal: Tensor | None, losses: Tensor) -> Tensor:
 
 
 def checked_level(
-    divergence: Divergence,
+    divergence: Divergence | Spectral,
     losses: Tensor,
     radius: float | Tensor | None,
     penalty: float | Tensor | None,
@@ -104,6 +81,10 @@ def checked_level(
             raise ValueError(f"{divergence} fixes its own size; give neither radius nor penalty")
         # Its generator is 0 on the set, so any penalty gives the same problem.
         return Level(kind="penalty", value=_batch_of("penalty", 1.0, losses))
+    if isinstance(divergence, Spectral) and radius is not None:
+        raise ValueError(
+            "a smoothed spectral risk takes a penalty and no radius; give one in loss units"
+        )
     if given != 1:
         raise ValueError(
             f"exactly one of radius and penalty must be given, got radius={radius}, "
@@ -113,23 +94,6 @@ def checked_level(
         return Level(kind="radius", value=_batch_of("radius", radius, losses))
     assert penalty is not None
     return Level(kind="penalty", value=_batch_of("penalty", penalty, losses))
-
-
-def scaled_problem(losses: Tensor, nominal: Tensor) -> tuple[Problem, Scaling]:
-    """Returns the problem in scaled units; both arguments float64 of shape ``(batch, n)``."""
-    has_mass = nominal > 0
-    top = losses.masked_fill(~has_mass, -torch.inf).amax(dim=-1)
-    bottom = losses.masked_fill(~has_mass, torch.inf).amin(dim=-1)
-    span = top - bottom
-    if not bool(span.isfinite().all()):
-        raise ValueError(
-            f"losses must span a range that float64 can hold, got {span.max().item()}; rescale them"
-        )
-    scale = torch.where(span > 0, span, 1.0)
-    scaled = (losses - top.unsqueeze(-1)) / scale.unsqueeze(-1)
-    # Mass cannot reach atoms without nominal mass, so their losses are hidden from the solvers.
-    scaled = torch.where(has_mass, scaled, -1.0)
-    return Problem(losses=scaled, nominal=nominal), Scaling(top=top, scale=scale)
 
 
 def _batch_of(name: str, value: float | Tensor, losses: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ class Status(Enum):
         "the solver stopped but the error certificate is above tolerance: "
         "the data are too ill-conditioned for this precision"
     )
+    INFEASIBLE = "no point satisfies the constraints: loosen a bound"
     NON_FINITE = "the arithmetic overflowed: rescale the data towards 1"
 
     @property
