@@ -27,19 +27,25 @@ pytestmark = [
 
 
 @pytest.fixture
-def result_of(tmp_path):
-    """Runs a benchmark at toy size and returns its result."""
+def run_script(tmp_path):
+    """Runs a benchmark with the given arguments and returns its result."""
 
     def run_and_read(module, *arguments):
         output = tmp_path / "result.json"
-        settings = [part for setting in TINY for part in ("--set", setting)]
-        command = [sys.executable, "-m", module, *settings, "--allow-dirty", *arguments]
-        command += ["--corpus", CORPUS, "--cache", tmp_path / "cache", "--output", output]
+        command = [sys.executable, "-m", module, "--allow-dirty", *arguments, "--output", output]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return json.loads(output.read_text())
 
     return run_and_read
+
+
+@pytest.fixture
+def result_of(run_script, tmp_path):
+    """Runs a benchmark of training at toy size and returns its result."""
+    settings = [part for setting in TINY for part in ("--set", setting)]
+    place = ["--corpus", CORPUS, "--cache", tmp_path / "cache"]
+    return lambda module, *arguments: run_script(module, *settings, *place, *arguments)
 
 
 def test_quickstart(result_of, tmp_path):
@@ -82,3 +88,19 @@ def test_a_result_from_changed_source_is_refused(tmp_path, monkeypatch):
     assert provenance.describe_source(allow_dirty=True) == environment
     provenance.write_result(tmp_path / "x.json", environment, {"a": 1})
     assert json.loads((tmp_path / "x.json").read_text())["environment"] == environment
+
+
+def test_worst_case(run_script):
+    result = run_script(
+        "benchmarks.worst_case.run",
+        *("--atoms", "60", "--problems", "20", "--looped", "3", "--rounds", "1"),
+    )
+    rows = result["divergences"]
+    assert {"KL", "JensenShannon", "CVaR"} <= set(rows)
+    for name, row in rows.items():
+        assert row["status"] == "CONVERGED"
+        assert row["relative_gap"] <= 1e-9
+        # CVXPY states the same problems, so its values show that the same thing was timed.
+        assert abs(row["cvxpy"]["value_difference"]) < 1e-4, name
+        assert row.get("prototype_value_error", 0) < 1e-9, name
+    assert set(result["batched"]) == set(rows)

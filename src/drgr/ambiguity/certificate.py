@@ -63,6 +63,8 @@ def certified_saddle_point(
     if level.kind == "penalty":
         objective = objective - level.value * spent
     slope = _scaled_conjugate(divergence, problem, saddle)
+    if problem.has_empty_atoms:
+        slope = slope.masked_fill(problem.nominal == 0, 0.0)
     gap = (saddle.threshold + cost_of_size + problem.mean(slope) - objective).abs()
     return CertifiedSaddlePoint(
         weights=weights,
@@ -71,7 +73,7 @@ def certified_saddle_point(
         threshold=saddle.threshold,
         divergence=spent,
         gap=gap,
-        nominal_slope=slope.masked_fill(problem.nominal == 0, 0.0),
+        nominal_slope=slope,
         status=certified_status(gap, saddle.exhausted),
     )
 
@@ -126,6 +128,8 @@ def _scaled_conjugate(divergence: Divergence, problem: Problem, saddle: SaddlePo
     # Where lam is 0 a lam far below rounding gives the limit, the recession function.
     inside = torch.where(multiplier > 0, multiplier, _VANISHING).clamp_max(_BOUNDLESS)
     scaled = inside * divergence.conjugate(shifted / inside)
+    if bool((multiplier < _BOUNDLESS).all()):
+        return scaled
     return torch.where(multiplier < _BOUNDLESS, scaled, shifted)
 
 

@@ -58,11 +58,10 @@ class PowerDivergence(ABC):
 
     def generator(self, log_ratio: Tensor) -> Tensor:
         """Returns ``f(exp(log_ratio))``: a series near 0, the formula elsewhere."""
-        power = self.power
-        is_small = log_ratio.abs() * max(1.0, abs(power)) < _SERIES_BELOW
-        return self.scale * torch.where(
-            is_small, _series(log_ratio, power), _direct(log_ratio, power)
-        )
+        values = _direct(log_ratio, self.power)
+        is_small = log_ratio.abs() < _SERIES_BELOW / max(1.0, abs(self.power))
+        values[is_small] = _series(log_ratio[is_small], self.power)
+        return values if self.scale == 1 else self.scale * values
 
     def conjugate(self, slope: Tensor) -> Tensor:
         """Returns ``((1 + kappa s)_+^{k / kappa} - 1) / k``; ``inf`` beyond its domain.
@@ -223,12 +222,11 @@ def _root_along(
 
 def _normalized(problem: Problem, exponents: Tensor) -> tuple[Tensor, Tensor]:
     """Returns ``log(q / p)`` and ``log Z``, both with all their digits near 0."""
-    excess = problem.mean(torch.expm1(exponents))
-    # log1p keeps the digits of log Z while Z is near 1, the plain sum those of a small Z.
-    log_normalizer = torch.log1p(excess)
-    if bool((excess < -0.5).any()):
-        small = problem.mean(exponents.exp()).log()
-        log_normalizer = torch.where(excess < -0.5, small, log_normalizer)
+    total = problem.mean(exponents.exp())
+    log_normalizer = total.log()
+    if bool((total > 0.5).any()):
+        near_one = torch.log1p(problem.mean(torch.expm1(exponents)))
+        log_normalizer = torch.where(total > 0.5, near_one, log_normalizer)
     return exponents - log_normalizer.unsqueeze(-1), log_normalizer
 
 

@@ -39,9 +39,9 @@ class Spectral:
     The weights of atom ``i`` are ``g(U_i) - g(U_{i-1})``, where ``U`` sums the nominal over atoms
     of larger loss; atoms of equal loss share in proportion to their nominal mass. With uniform
     nominal and ``n`` atoms the largest loss has weight ``g(1/n)``. Without ``smoothing`` it takes
-    neither radius nor penalty. With ``smoothing=KL()`` or ``ChiSquare()`` it takes a penalty on that
-    divergence from the *nominal*, which makes the value smooth in the losses; it means the same for
-    every number of atoms.
+    neither radius nor penalty. With ``smoothing=KL()`` or ``ChiSquare()`` it takes a penalty on
+    that divergence from the *nominal*, which makes the value smooth in the losses; it means the
+    same for every number of atoms.
 
     Weights are piecewise constant (plain) or piecewise smooth in the losses; derivatives of the
     weights are not offered.
