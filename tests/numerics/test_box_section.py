@@ -270,6 +270,15 @@ def test_jacobian_is_that_of_the_inner_coordinates():
     torch.testing.assert_close(torch.autograd.functional.jacobian(function, point), expected)
 
 
+def test_a_box_narrower_than_a_rounding_error_of_the_point_keeps_its_gradient():
+    point = torch.tensor([1e9, 0.0], requires_grad=True)
+    total = torch.tensor(0.5, requires_grad=True)
+    found = project_capped_simplex(point, total=total)
+    assert found.tolist() == [0.5, 0.0]
+    (gradient,) = torch.autograd.grad(found[0], total)
+    assert gradient.item() == 1.0
+
+
 def test_derivatives(check_derivatives):
     point, costs = torch.randn(4, 6).double(), torch.rand(4, 6).double() + 0.5
     lower, upper = -torch.rand(4, 6).double(), torch.rand(4, 6).double()

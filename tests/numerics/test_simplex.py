@@ -120,6 +120,16 @@ def test_no_digit_is_lost_to_the_distance_of_the_point(point, scale, shift, tota
     torch.testing.assert_close(found, exact(far.tolist(), total), rtol=0, atol=4e-16 * total)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_coordinate_is_negative_where_the_support_is_about_to_change(dtype):
+    # The total is one rounding above the mass over the middle entry, which is about to enter.
+    ordered = torch.randn(200, 200, dtype=dtype).sort(dim=-1, descending=True).values
+    width = torch.arange(1, 200, dtype=dtype)
+    above = (width * -ordered.diff(dim=-1)).cumsum(dim=-1)[:, 100]
+    total = torch.nextafter(above, above * 2)
+    assert (project_simplex(ordered, total=total) >= 0).all()
+
+
 def test_long_rows_in_float32_meet_the_total():
     point = torch.randn(2, 100_000) * 1e-4 + 1e3
     found = project_simplex(point, total=7.0)

@@ -70,7 +70,15 @@ class SaddlePoint:
 
 
 def exact_saddle_point(*, log_ratio: Tensor, multiplier: Tensor, threshold: Tensor) -> SaddlePoint:
-    """Returns the saddle point of a solver without iterations."""
+    """Returns the saddle point of a solver without iterations.
+
+    Examples:
+        >>> import torch
+        >>> one = torch.ones(1)
+        >>> point = exact_saddle_point(log_ratio=torch.zeros(1, 2), multiplier=one, threshold=one)
+        >>> point.exhausted
+        tensor([False])
+    """
     exhausted = torch.zeros_like(multiplier, dtype=torch.bool)
     return SaddlePoint(
         log_ratio=log_ratio, multiplier=multiplier, threshold=threshold, exhausted=exhausted
@@ -81,13 +89,29 @@ def restricted_to_top(problem: Problem) -> Tensor:
     """Returns ``log(q / p)`` of the nominal restricted to the largest loss, shape ``(batch, n)``.
 
     Differentiable in the nominal.
+
+    Examples:
+        >>> import torch
+        >>> losses = torch.tensor([[-1.0, 0.0, 0.0]])
+        >>> problem = Problem(losses=losses, nominal=torch.full_like(losses, 1 / 3))
+        >>> restricted_to_top(problem).exp()
+        tensor([[0.0000, 1.5000, 1.5000]])
     """
     log_ratio = torch.log1p(problem.odds_against_top()).unsqueeze(-1)
     return log_ratio.expand_as(problem.losses).masked_fill(~problem.is_top(), -torch.inf)
 
 
 def divergence_of_top(generator: Callable[[Tensor], Tensor], problem: Problem) -> Tensor:
-    """Returns ``P f(1 / P) + (1 - P) f(0)``, the divergence of :func:`restricted_to_top`."""
+    """Returns ``P f(1 / P) + (1 - P) f(0)``, the divergence of :func:`restricted_to_top`.
+
+    Examples:
+        >>> import torch
+        >>> from drgr.ambiguity import TotalVariation
+        >>> losses = torch.tensor([[-1.0, 0.0, 0.0]])
+        >>> problem = Problem(losses=losses, nominal=torch.full_like(losses, 1 / 3))
+        >>> divergence_of_top(TotalVariation().generator, problem)
+        tensor([0.3333])
+    """
     odds = problem.odds_against_top()
     at_zero = generator(torch.full_like(odds, -torch.inf))
     rest = odds / (1 + odds)

@@ -40,6 +40,13 @@ def domain_sums(
 
     Gradients:
         Exact in ``token_losses``: 1 to the sum of its domain, 0 where masked.
+
+    Examples:
+        >>> import torch
+        >>> losses = torch.tensor([[1.0, 2.0], [4.0, 5.0]])
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> domain_sums(losses, torch.tensor([0, 1]), 2, mask=mask)
+        (tensor([3., 4.]), tensor([2, 1]))
     """
     _check_batch(token_losses, domain, num_domains, mask)
     losses = token_losses
@@ -73,6 +80,17 @@ class DomainLosses:
 
     Raises:
         ValueError: If an argument is out of range or of a wrong shape.
+
+    Examples:
+        >>> import torch
+        >>> from drgr.ambiguity import KL
+        >>> losses = DomainLosses(2, smoothing=0.5)
+        >>> losses.update(torch.tensor([20.0, 6.0]), torch.tensor([10, 2]))
+        >>> losses.update(torch.tensor([10.0, 0.0]), torch.tensor([10, 0]))
+        >>> losses.estimate
+        tensor([1.3333, 3.0000], dtype=torch.float64)
+        >>> losses.weights(KL(), penalty=1.0).weights
+        tensor([0.1589, 0.8411], dtype=torch.float64)
     """
 
     def __init__(

@@ -32,7 +32,8 @@ from drgr.numerics import Root, increasing_root
 # digits like eps / |log r|.
 _SERIES_BELOW = 2e-3
 _SERIES_TERMS = 5
-# Below this radius the cheap form of the divergence has too few digits left, like eps / sqrt(rho).
+# Below this radius (over the power) the cheap form of the divergence has too few digits left, like
+# eps / (k rho).
 _SMALL_RADIUS = 1e-4
 _ROOT_TOLERANCE = 5e-13
 _NOISE = 1e-300
@@ -119,9 +120,12 @@ class PowerDivergence(ABC):
 
         path = path_of(problem, kappa, cheap)
         start = path.at_tau((2 * radius / _variance(problem)).sqrt())
-        noise = (1e-15 / radius.sqrt()).clamp_min(_ROOT_TOLERANCE)
-        root = _root_along(path, cheap, start, noise)
-        if bool((radius < _SMALL_RADIUS).any()):
+        # The cheap form divides by the power, if that is not 0.
+        resolution = radius * (min(1.0, abs(self.power)) or 1.0)
+        is_coarse = resolution < _SMALL_RADIUS
+        tolerance = torch.where(is_coarse, 1e-15 / resolution, _ROOT_TOLERANCE)
+        root = _root_along(path, cheap, start, tolerance)
+        if bool(is_coarse.any()):
             root = _root_along(path, accurate, root.point, _ROOT_TOLERANCE)
         return self._saddle_point(problem, path.point(root.point), ~root.converged)
 
@@ -196,7 +200,7 @@ def _moments(problem: Problem, kappa: float, point: Point) -> _Moments:
 
 
 def _divergence(moments: _Moments, power: float, tau: Tensor) -> Tensor:
-    """Returns the Cressie-Read divergence from means alone, to about ``eps sqrt(D)``."""
+    """Returns the Cressie-Read divergence from means alone, to about ``eps / k``."""
     if power == 1:
         return tau * moments.loss - moments.log_normalizer
     if power == 0:

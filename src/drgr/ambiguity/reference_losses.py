@@ -27,6 +27,15 @@ def load_reference_losses(path: str | Path, domains: Sequence[str]) -> Tensor:
     Raises:
         ConfigError: If the file cannot be read or parsed, or a domain is missing or has a loss
             that is not a finite number; the domain and its value are named.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "reference.json"
+        ...     _ = path.write_text('{"web": 2.5, "code": 1.25}')
+        ...     load_reference_losses(path, ["code", "web"])
+        tensor([1.2500, 2.5000], dtype=torch.float64)
     """
     losses = _losses_by_domain(Path(path))
     values = [_checked_loss(losses, domain, path) for domain in domains]

@@ -1,6 +1,6 @@
 """The total variation distance, solved exactly by sorting."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, final
 
 import torch
@@ -69,10 +69,9 @@ class TotalVariation:
         return divergence_of_top(self.generator, problem)
 
     def constrained(self, problem: Problem, radius: Tensor) -> SaddlePoint:
-        """Solves by sorting: the boundary is the loss at which ``radius`` mass lies below."""
-        tail = upper_tail(problem, 1 - radius)
-        below = problem.losses < tail.quantile.unsqueeze(-1)
-        return _moved(problem, below, tail.at, 1 - tail.share, tail.quantile)
+        """Solves by sorting: the mass that moves is the lower tail of mass ``radius``."""
+        tail = upper_tail(replace(problem, losses=-problem.losses), radius)
+        return _moved(problem, tail.above, tail.at, tail.share, -tail.quantile)
 
     def penalized(self, problem: Problem, penalty: Tensor) -> SaddlePoint:
         """Solves in closed form."""

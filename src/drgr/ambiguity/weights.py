@@ -17,6 +17,11 @@ def effective_number(weights: Tensor) -> Tensor:
 
     Raises:
         ValueError: If ``weights`` has no last dimension.
+
+    Examples:
+        >>> import torch
+        >>> effective_number(torch.tensor([0.5, 0.5, 0.0]))
+        tensor(2.)
     """
     if weights.dim() == 0:
         raise ValueError("weights must have shape (..., n), got a scalar; give a vector of weights")
@@ -38,6 +43,11 @@ def is_near_one_hot(weights: Tensor, *, threshold: float = 1.5) -> Tensor:
 
     Raises:
         ValueError: If ``threshold`` is not above 1 or ``weights`` has no last dimension.
+
+    Examples:
+        >>> import torch
+        >>> is_near_one_hot(torch.tensor([[0.9, 0.05, 0.05], [0.4, 0.3, 0.3]]))
+        tensor([ True, False])
     """
     check_positive("threshold", threshold)
     if threshold <= 1:

@@ -36,7 +36,14 @@ class Selection:
 
 
 def rank_experts(values: Tensor, maximum: int) -> tuple[Tensor, Tensor]:
-    """Returns each token's ``maximum`` best values and expert ids, best first, ``(T, maximum)``."""
+    """Returns each token's ``maximum`` best values and expert ids, best first, ``(T, maximum)``.
+
+    Examples:
+        >>> import torch
+        >>> worth, expert_ids = rank_experts(torch.tensor([[0.1, 0.6, 0.3]]), 2)
+        >>> worth, expert_ids
+        (tensor([[0.6000, 0.3000]]), tensor([[1, 2]]))
+    """
     if maximum > values.shape[1]:
         raise ValueError(
             f"budget.maximum must be at most the number of experts, got {maximum} for "
@@ -81,6 +88,16 @@ def select_exactly(
     Complexity:
         O(TE + S log S) time with ``S = T (k_max - k_min)`` summed over the processes, O(TE) memory,
         four small collectives, no host synchronisation in one process.
+
+    Examples:
+        >>> import torch
+        >>> from drgr.budgets import TokenBudget
+        >>> values = torch.tensor([[0.9, 0.6, 0.1], [0.5, 0.4, 0.3]])
+        >>> chosen = select_exactly(values, TokenBudget(minimum=1, maximum=2, average=1.5))
+        >>> chosen.expert_ids, chosen.keep, chosen.price
+        (tensor([[0, 1],
+                [0, 1]]), tensor([[ True,  True],
+                [ True, False]]), tensor(0.5000))
     """
     values = values.detach()
     ranked, expert_ids = rank_experts(values, budget.maximum)
@@ -136,6 +153,15 @@ def select_at_price(
 
     Complexity:
         O(TE) time and memory, no communication and no host synchronisation.
+
+    Examples:
+        >>> import torch
+        >>> from drgr.budgets import TokenBudget
+        >>> values = torch.tensor([[0.9, 0.6, 0.1], [0.5, 0.4, 0.3]])
+        >>> budget = TokenBudget(minimum=1, maximum=2, average=1.5)
+        >>> select_at_price(values, budget, price=torch.tensor(0.5)).keep
+        tensor([[ True,  True],
+                [ True, False]])
     """
     values = values.detach()
     ranked, expert_ids = rank_experts(values, budget.maximum)
@@ -168,8 +194,9 @@ def _price_between(ordered: Tensor, num_kept: Tensor) -> Tensor:
         return ordered.new_full((), torch.nan)
     num_finite = torch.isfinite(ordered).sum()
     last = (num_finite - 1).clamp_min(0)
-    kept = ordered[torch.minimum((num_kept - 1).clamp_min(0), last)]
-    refused = ordered[torch.minimum(num_kept, last)]
+    # Indices of one dimension: a scalar tensor as index would be read by the host.
+    places = torch.stack([(num_kept - 1).clamp_min(0), num_kept]).minimum(last)
+    kept, refused = ordered[places]
     middle = (kept + refused) / 2
     # Between neighbouring floats the middle may round up to the value kept, which must exceed it.
     middle = torch.where(middle >= kept, refused, middle)

@@ -30,6 +30,10 @@ class TokenBudget:
     Raises:
         ValueError: If ``minimum`` is negative or ``average`` is not a positive finite number.
         InfeasibleBudgetError: If the three do not satisfy ``minimum <= average <= maximum``.
+
+    Examples:
+        >>> TokenBudget(minimum=1, maximum=4, average=2.3).total(7)
+        16
     """
 
     minimum: int
@@ -91,6 +95,10 @@ def budget_from_flops(
     Raises:
         ValueError: If ``flops_per_assignment`` is not positive.
         InfeasibleBudgetError: If no plan satisfies the bounds.
+
+    Examples:
+        >>> budget_from_flops(minimum=5.0, maximum=45.0, average=20.0, flops_per_assignment=10.0)
+        TokenBudget(minimum=1, maximum=4, average=2.0)
     """
     check_positive("flops_per_assignment", flops_per_assignment)
     return TokenBudget(

@@ -32,6 +32,11 @@ def kth_largest(values: Tensor, k: Tensor, group: ProcessGroup | None = None) ->
     Complexity:
         One process: one sort, O(nm log n). Several: radix selection, four passes over the data,
         each with one all-reduce of ``256 m`` counts; no row leaves its process.
+
+    Examples:
+        >>> import torch
+        >>> kth_largest(torch.tensor([[1.0, 8.0], [3.0, 2.0], [2.0, 5.0]]), torch.tensor(2))
+        tensor([2., 5.])
     """
     if values.dtype != torch.float32:
         raise TypeError(f"values must be float32, got {values.dtype}; convert them first")
