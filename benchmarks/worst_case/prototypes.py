@@ -1,4 +1,4 @@
-"""Straightforward NumPy solvers for a uniform nominal: what a user would write at best."""
+"""Straightforward NumPy solvers: weights of one vector of losses under any nominal, uncertified."""
 
 from collections.abc import Callable
 
@@ -7,61 +7,66 @@ import numpy as np
 RADIUS = 0.1
 LEVEL = 0.1
 
+Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
+Solver = Callable[[Vector, Vector], Vector]
 
-def kl(losses: np.ndarray) -> float:
+
+def kl(losses: Vector, nominal: Vector) -> Vector:
     """Newton's method on ``tau E_q l - log Z = rho``."""
     shifted = losses - losses.max()
-    tau = np.sqrt(2 * RADIUS / shifted.var())
+    spread = nominal @ shifted**2 - (nominal @ shifted) ** 2
+    tau = np.sqrt(2 * RADIUS / spread)
     for _ in range(100):
-        mass = np.exp(tau * shifted)
+        mass = nominal * np.exp(tau * shifted)
         total = mass.sum()
         mean = mass @ shifted / total
         variance = mass @ shifted**2 / total - mean**2
-        residual = tau * mean - np.log(total / len(losses)) - RADIUS
-        tau -= residual / (tau * variance)
+        residual = tau * mean - np.log(total) - RADIUS
         if abs(residual) < 1e-13:
             break
-    return float(losses.max() + mean)
+        tau -= residual / (tau * variance)
+    weights: Vector = mass / total
+    return weights
 
 
-def chi_square(losses: np.ndarray) -> float:
+def chi_square(losses: Vector, nominal: Vector) -> Vector:
     """The finite algorithm on sorted losses and running sums."""
-    ordered = np.sort(losses)[::-1]
-    count = np.arange(1, len(losses) + 1)
-    share = count / len(losses)
-    mean = np.cumsum(ordered) / count
-    variance = np.maximum(np.cumsum(ordered**2) / count - mean**2, 0)
+    order = np.argsort(-losses)
+    ordered, mass = losses[order], nominal[order]
+    share = np.cumsum(mass)
+    mean = np.cumsum(mass * ordered) / share
+    variance = np.maximum(np.cumsum(mass * ordered**2) / share - mean**2, 0)
     curvature = (1 + 2 * RADIUS) * share - 1
     cut = np.where(curvature > 0, mean - np.sqrt(variance / np.maximum(curvature, 1e-300)), -np.inf)
     below = np.append(ordered[1:], -np.inf)
     index = int(np.argmax((ordered > cut) & (cut >= below)))
-    tail = ordered[: index + 1]
-    weights = tail - cut[index]
-    return float(weights @ tail / weights.sum())
+    heights: Vector = nominal * np.maximum(losses - cut[index], 0)
+    heights /= heights.sum()
+    return heights
 
 
-def cvar(losses: np.ndarray) -> float:
-    """The mean of the largest losses, with a fraction of the one at the boundary."""
-    ordered = np.sort(losses)[::-1]
-    whole = int(LEVEL * len(losses))
-    rest = LEVEL * len(losses) - whole
-    weights = np.zeros(len(losses))
-    weights[:whole] = 1
-    weights[whole] = rest
-    return float(weights @ ordered / (LEVEL * len(losses)))
+def cvar(losses: Vector, nominal: Vector) -> Vector:
+    """The largest losses at the cap, with a fraction at the boundary."""
+    return _greedy(-losses, nominal, LEVEL) / LEVEL
 
 
-def total_variation(losses: np.ndarray) -> float:
+def total_variation(losses: Vector, nominal: Vector) -> Vector:
     """Mass moved from the smallest losses to the largest."""
-    ordered = np.sort(losses)
-    mass = np.full(len(losses), 1 / len(losses))
-    taken = np.minimum(np.maximum(RADIUS - (np.cumsum(mass) - mass), 0), mass)
-    mass -= taken
-    mass[-1] += RADIUS
-    return float(mass @ ordered)
+    weights: Vector = nominal - _greedy(losses, nominal, RADIUS)
+    weights[np.argmax(losses)] += RADIUS
+    return weights
 
 
-PROTOTYPES: dict[str, Callable[[np.ndarray], float]] = {
+def _greedy(keys: Vector, nominal: Vector, amount: float) -> Vector:
+    """Returns an amount of mass taken from the atoms of the smallest keys."""
+    order = np.argsort(keys)
+    mass = nominal[order]
+    taken: Vector = np.empty_like(mass)
+    taken[order] = np.clip(amount - (np.cumsum(mass) - mass), 0, mass)
+    return taken
+
+
+PROTOTYPES: dict[str, Solver] = {
     "KL": kl,
     "ChiSquare": chi_square,
     "CVaR": cvar,

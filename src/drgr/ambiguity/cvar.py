@@ -157,12 +157,11 @@ class KLCVaR:
 
     def constrained(self, problem: Problem, radius: Tensor) -> SaddlePoint:
         """Solves ``log D = log radius`` over ``log(1 / lam)``."""
-        ranked = problem.losses.sort(dim=-1, descending=True).values
         radius = radius * (1 - _TOLERANCE)  # found from inside the ball
 
         def residual(log_tau: Tensor) -> tuple[Tensor, Tensor]:
             tau = log_tau.clamp(-_LARGEST_LOG, _LARGEST_LOG).exp()
-            log_ratio, _ = _capped_tilt(problem, ranked, tau, self.level)
+            log_ratio, _ = _capped_tilt(problem, tau, self.level)
             divergence = problem.mean(KL().generator(log_ratio))
             free = log_ratio < -math.log(self.level)
             mass = (problem.nominal * log_ratio.exp()).masked_fill(~free, 0.0)
@@ -180,16 +179,14 @@ class KLCVaR:
             upper=unbounded,
             tolerance=_TOLERANCE,
         )
-        return self._at(problem, ranked, root.point.exp(), ~root.converged)
+        return self._at(problem, root.point.exp(), ~root.converged)
 
     def penalized(self, problem: Problem, penalty: Tensor) -> SaddlePoint:
-        """Solves by sorting."""
-        exact = torch.zeros_like(penalty, dtype=torch.bool)
-        ranked = problem.losses.sort(dim=-1, descending=True).values
-        return self._at(problem, ranked, 1 / penalty, exact)
+        """Solves on capped sets that grow to the right one."""
+        return self._at(problem, 1 / penalty, torch.zeros_like(penalty, dtype=torch.bool))
 
-    def _at(self, problem: Problem, ranked: Tensor, tau: Tensor, exhausted: Tensor) -> SaddlePoint:
-        log_ratio, log_normalizer = _capped_tilt(problem, ranked, tau, self.level)
+    def _at(self, problem: Problem, tau: Tensor, exhausted: Tensor) -> SaddlePoint:
+        log_ratio, log_normalizer = _capped_tilt(problem, tau, self.level)
         return SaddlePoint(
             log_ratio=log_ratio,
             multiplier=1 / tau,
@@ -205,48 +202,37 @@ def _capped_greedy(problem: Problem, level: float) -> tuple[Tensor, Tensor]:
     return torch.where(tail.above, 0.0, at) - math.log(level), tail.quantile
 
 
-def _capped_tilt(
-    problem: Problem, ranked: Tensor, tau: Tensor, level: float
-) -> tuple[Tensor, Tensor]:
+def _capped_tilt(problem: Problem, tau: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """Returns ``min(tau l - log Z, log(1 / level))`` and ``log Z`` that normalise the weights.
 
-    With the ``j`` largest losses capped, ``Z = sum_{i > j} p_i exp(tau l_i) / (1 - P_j / level)``;
-    ``j`` is the smallest for which the next atom stays below the cap, found by bisection over
-    ``ranked``, the losses in descending order.
+    With the mass ``P`` of capped atoms, ``Z = sum_free p_i exp(tau l_i) / (1 - P / level)``.
+    Capping what exceeds the cap only raises the others, so the capped set grows until it is right.
     """
-    num_atoms = ranked.shape[-1]
-    first = torch.zeros_like(ranked[..., :1], dtype=torch.int64)
-    step = 1 << (num_atoms - 1).bit_length()
-    while step > 1:
-        step //= 2
-        probe = (first + step - 1).clamp_max(num_atoms - 1)
-        _, free, rest = _below_cap(problem, ranked.gather(-1, probe), tau, level)
-        first = torch.where(rest - free > _ROUNDING * level, probe + 1, first)
-    # Relative to the first atom below the cap the exponents keep their digits for any tau.
-    reference = ranked.gather(-1, first.clamp_max(num_atoms - 1))
-    relative, free, rest = _below_cap(problem, reference, tau, level)
-    log_normalizer = free.log() - (rest.clamp_min(_NO_MASS) / level).log()
-    log_ratio = (relative - log_normalizer).clamp_max(-math.log(level))
-    return log_ratio, (log_normalizer + tau.unsqueeze(-1) * reference).squeeze(-1)
+    cap = -math.log(level)
+    capped = torch.zeros_like(problem.losses, dtype=torch.bool)
+    while True:
+        # Relative to the largest loss below the cap the exponents keep their digits for any tau.
+        reference = problem.losses.masked_fill(capped, -1.0).amax(dim=-1, keepdim=True)
+        relative = tau.unsqueeze(-1) * (problem.losses - reference)
+        tilted = (problem.nominal * relative.exp()).masked_fill(capped, 0.0)
+        rest = _mass_left(problem, capped, level)
+        log_normalizer = tilted.sum(dim=-1, keepdim=True).log() - (rest / level).log()
+        log_ratio = relative - log_normalizer
+        over = (log_ratio > cap + _ROUNDING) & ~capped
+        if not bool(over.any()):
+            break
+        capped |= over
+    threshold = (log_normalizer + tau.unsqueeze(-1) * reference).squeeze(-1)
+    return log_ratio.clamp_max(cap).masked_fill(capped, cap), threshold
 
 
-def _below_cap(
-    problem: Problem, reference: Tensor, tau: Tensor, level: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``tau (l - reference)``, and two masses with all losses above the reference capped.
-
-    The masses are that of the other atoms, tilted, and ``level - P`` for the capped mass ``P``,
-    from whichever of ``P`` and ``1 - P`` has the digits.
-    """
-    relative = tau.unsqueeze(-1) * (problem.losses - reference)
-    above = problem.losses > reference
-    tilted = (problem.nominal * relative.exp()).masked_fill(above, 0.0)
+def _mass_left(problem: Problem, capped: Tensor, level: float) -> Tensor:
+    """Returns ``level - P`` for the capped mass ``P``, from P or 1 - P: what has the digits."""
     if level > 0.5:
-        left = problem.nominal.masked_fill(above, 0.0).sum(dim=-1, keepdim=True)
-        rest = left - (1 - level)
-    else:
-        rest = level - problem.nominal.masked_fill(~above, 0.0).sum(dim=-1, keepdim=True)
-    return relative, tilted.sum(dim=-1, keepdim=True), rest
+        left = problem.nominal.masked_fill(capped, 0.0).sum(dim=-1, keepdim=True)
+        return (left - (1 - level)).clamp_min(_NO_MASS)
+    taken = problem.nominal.masked_fill(~capped, 0.0).sum(dim=-1, keepdim=True)
+    return (level - taken).clamp_min(_NO_MASS)
 
 
 def _check_level(level: float) -> None:
