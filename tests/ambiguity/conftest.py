@@ -1,108 +1,62 @@
-"""Oracles for worst cases: SciPy and NumPy only, no code of the package."""
+"""The divergences under test, one fixture for each kind, and their oracles."""
 
-from collections.abc import Callable
-from types import SimpleNamespace
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
 
-import numpy as np
 import pytest
-from scipy.optimize import brentq, minimize, minimize_scalar
-from scipy.special import logsumexp, rel_entr
 
 
-def kl_divergence(q: np.ndarray, p: np.ndarray) -> float:
-    return float(rel_entr(q, p).sum() - q.sum() + p.sum())
+def _load(name: str) -> ModuleType:
+    """Loads a file of this folder by its path: tests are not importable by name."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_of_ambiguity", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
-def chi_square_divergence(q: np.ndarray, p: np.ndarray) -> float:
-    return float(((q - p) ** 2 / p).sum() / 2)
-
-
-def kl_penalized(losses, p, penalty) -> float:
-    return float(penalty * logsumexp(losses / penalty, b=p))
-
-
-def kl_constrained(losses, p, radius) -> float:
-    """Weak dual in the logarithm of the multiplier, minimised without derivatives."""
-    spread = losses.max() - losses.min()
-
-    def dual(log_multiplier: float) -> float:
-        multiplier = np.exp(log_multiplier)
-        return multiplier * radius + kl_penalized(losses, p, multiplier)
-
-    middle = np.log(spread)
-    return _smallest(dual, middle - 25, middle + 25)
-
-
-def chi_square_constrained(losses, p, radius) -> float:
-    """Scalar dual in the cut of the losses."""
-
-    def dual(cut: float) -> float:
-        return cut + np.sqrt((1 + 2 * radius) * (p * np.maximum(losses - cut, 0) ** 2).sum())
-
-    spread = losses.max() - losses.min()
-    return _smallest(dual, losses.max() - spread * (2 + 2 / np.sqrt(radius)), losses.max())
-
-
-def chi_square_penalized(losses, p, penalty) -> float:
-    def excess(cut: float) -> float:
-        return (p * np.maximum(losses - cut, 0)).sum() - penalty
-
-    cut = brentq(excess, losses.min() - penalty - 1, losses.max(), xtol=1e-14, rtol=1e-15)
-    q = p * np.maximum(losses - cut, 0)
-    q /= q.sum()
-    return float(q @ losses - penalty * chi_square_divergence(q, p))
-
-
-def _smallest(function: Callable[[float], float], low: float, high: float) -> float:
-    """Minimum of a convex function: a grid to bracket it, then Brent's method, repeated."""
-    best = np.inf
-    for _ in range(3):
-        grid = np.linspace(low, high, 400)
-        values = [function(point) for point in grid]
-        index = int(np.argmin(values))
-        low, high = grid[max(index - 1, 0)], grid[min(index + 1, len(grid) - 1)]
-        best = min(best, values[index])
-    result = minimize_scalar(
-        function, bounds=(low, high), method="bounded", options={"xatol": 1e-14}
-    )
-    return min(best, float(result.fun))
-
-
-def primal_by_slsqp(divergence, losses, p, *, radius=None, penalty=None) -> float:
-    """Primal problem by sequential quadratic programming, for a handful of atoms."""
-    scale = losses.max() - losses.min()
-    scaled = (losses - losses.mean()) / scale
-
-    def objective(q: np.ndarray) -> float:
-        cost = 0.0 if penalty is None else penalty / scale * divergence(np.maximum(q, 1e-300), p)
-        return cost - q @ scaled
-
-    constraints = [{"type": "eq", "fun": lambda q: q.sum() - 1}]
-    if radius is not None:
-        inside = {"type": "ineq", "fun": lambda q: radius - divergence(np.maximum(q, 1e-300), p)}
-        constraints.append(inside)
-    result = minimize(
-        objective,
-        p,
-        method="SLSQP",
-        bounds=[(0, 1)] * len(p),
-        constraints=constraints,
-        options={"ftol": 1e-14, "maxiter": 500},
-    )
-    return float(losses.mean() - scale * result.fun)
+_ORACLES = _load("oracles")
+_CASES, _SIZED = _ORACLES.CASES, _ORACLES.SIZED
 
 
 @pytest.fixture(scope="session")
-def oracle() -> SimpleNamespace:
-    """``oracle.KL`` and ``oracle.ChiSquare``: divergence, constrained value, penalised value."""
-    return SimpleNamespace(
-        KL=SimpleNamespace(
-            divergence=kl_divergence, constrained=kl_constrained, penalized=kl_penalized
-        ),
-        ChiSquare=SimpleNamespace(
-            divergence=chi_square_divergence,
-            constrained=chi_square_constrained,
-            penalized=chi_square_penalized,
-        ),
-        slsqp=primal_by_slsqp,
-    )
+def oracles() -> ModuleType:
+    """The file of that name."""
+    return _ORACLES
+
+
+def _one_of(candidates, is_wanted=bool):
+    """Returns a fixture that runs a test once for each of the candidates that are wanted."""
+    wanted = [candidate for candidate in candidates if is_wanted(candidate)]
+
+    @pytest.fixture(scope="session", params=wanted, ids=[each.name for each in wanted])
+    def chosen(request):
+        return request.param
+
+    return chosen
+
+
+# Every divergence: ``case.divergence``, its oracle ``case.exact``, and those of one kind.
+case = _one_of(_CASES)
+f_case = _one_of(_CASES, lambda case: not case.is_spectral)
+bounded = _one_of(_CASES, lambda case: not case.is_spectral and case.exact.slope_end < math.inf)
+capped = _one_of(_CASES, lambda case: not case.is_spectral and case.exact.cap < math.inf)
+ball = _one_of(_CASES, lambda case: "radius" in case.modes)
+saturating = _one_of(_CASES, lambda case: "radius" in case.modes and case.exact.at_zero < math.inf)
+endless = _one_of(_CASES, lambda case: "radius" in case.modes and case.exact.at_zero == math.inf)
+smooth_ball = _one_of(_CASES, lambda case: "radius" in case.modes and case.is_smooth)
+priced = _one_of(_CASES, lambda case: "penalty" in case.modes)
+smooth = _one_of(_CASES, lambda case: case.is_smooth)
+rough = _one_of(_CASES, lambda case: not case.is_smooth)
+plain_spectral = _one_of(_CASES, lambda case: case.is_spectral and not case.modes)
+smoothed_spectral = _one_of(_CASES, lambda case: case.is_spectral and case.modes)
+
+# Every divergence in every mode that it takes: ``sized.case``, ``sized.level(radius=, penalty=)``.
+sized = _one_of(_SIZED)
+smooth_sized = _one_of(_SIZED, lambda sized: sized.case.is_smooth)

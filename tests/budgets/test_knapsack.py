@@ -15,8 +15,8 @@ from drgr.budgets.knapsack import best_knapsack_plan
 from drgr.budgets.moves import polish, working_plan
 from drgr.budgets.optimal_plan import select
 from drgr.budgets.relaxation import Problem, dual_bound
-from drgr.budgets.row_tables import reachable_costs
-from drgr.budgets.set_search import cheapest_set
+from drgr.budgets.set_search import cheapest_set, repair
+from drgr.budgets.whole_bounds import common_unit, reachable_costs, tightened
 from drgr.errors import InfeasibleBudgetError
 from drgr.numerics import Status
 
@@ -31,7 +31,7 @@ def use_tables(monkeypatch):
 
     def use(kind):
         if kind == "cells":
-            monkeypatch.setattr(row_tables, "_MOST_SUMS", 1)
+            monkeypatch.setattr(row_tables, "MOST_SUMS", 1)
 
     return use
 
@@ -94,7 +94,7 @@ def example(seed, *, sizes=None, num_tokens=10, num_experts=6):
 
 
 def as_problem(scores, bounds):
-    low, high = (np.full(len(scores), bound) for bound in bounds["per_token"])
+    low, high = (np.broadcast_to(bound, len(scores)) for bound in bounds["per_token"])
     return Problem(
         scores=scores,
         costs=bounds["costs"],
@@ -106,6 +106,12 @@ def as_problem(scores, bounds):
     )
 
 
+def whole_bounds(scores, bounds):
+    """The bounds after they were moved to costs of sets of experts."""
+    moved = tightened(as_problem(scores, bounds))
+    return {**bounds, "per_token": (moved.low, moved.high), "per_batch": moved.total}
+
+
 class TestValue:
     @KINDS
     @properties
@@ -115,7 +121,7 @@ class TestValue:
         expected = best_value(scores, **bounds)
         with pytest.MonkeyPatch.context() as patch:
             if tables == "cells":
-                patch.setattr(row_tables, "_MOST_SUMS", 1)
+                patch.setattr(row_tables, "MOST_SUMS", 1)
             plan = solved(scores, bounds)
         if plan is None or plan.status is Status.INFEASIBLE:
             assert expected is None
@@ -155,10 +161,9 @@ class TestValue:
     def test_gap_of_a_large_batch_is_small(self, use_tables, tables, gap):
         use_tables(tables)
         scores, bounds = example(0, sizes=(1.0, 2.0, 4.0), num_tokens=500, num_experts=16)
-        bounds["per_batch"] += 0.5  # No whole plan spends all of it.
         plan = solved(scores, bounds)
         assert plan.status is Status.CONVERGED
-        assert 0 < (plan.gap / plan.value).item() < gap
+        assert (plan.gap / plan.value).item() < gap
 
     def test_is_that_of_the_greedy_pass_at_equal_costs(self):
         rng = np.random.default_rng(0)
@@ -202,13 +207,15 @@ class TestBound:
         scores, bounds = problem
         with pytest.MonkeyPatch.context() as patch:
             if tables == "cells":
-                patch.setattr(row_tables, "_MOST_SUMS", 1)
+                patch.setattr(row_tables, "MOST_SUMS", 1)
             plan = solved(scores, bounds)
         if plan is None or plan.status is Status.INFEASIBLE:
             return
         fractional = best_value(scores, **bounds, whole=False)
         assert plan.upper_bound.item() <= fractional + 1e-7
         if tables == "cells" and plan.gap.item() > 0:
+            whole = whole_bounds(scores, bounds)
+            fractional = best_value(scores, **whole, whole=False)
             assert plan.upper_bound.item() == pytest.approx(fractional, abs=1e-7)
 
     @properties
@@ -281,18 +288,19 @@ class TestBound:
     def test_is_met_by_the_prices_of_fractional_plans(self, problem):
         scores, bounds = problem
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(row_tables, "_MOST_SUMS", 1)
+            patch.setattr(row_tables, "MOST_SUMS", 1)
             plan = solved(scores, bounds)
         if plan is None or plan.status is Status.INFEASIBLE or plan.gap.item() == 0:
             return
         # The dual in its textbook form: every price times its bound, and what assignments gain.
-        low, high = bounds["per_token"]
+        whole = whole_bounds(scores, bounds)
+        low, high = whole["per_token"]
         own, batch = plan.token_price.numpy(), plan.batch_price.item()
         costs, allowed = bounds["costs"], np.isfinite(scores)
         high = np.minimum(high, allowed @ costs)
         gains = np.where(allowed, scores - costs * (batch + own[:, None]), 0.0)
         dual = np.maximum(gains, 0.0).sum() + np.where(own > 0, own * high, own * low).sum()
-        dual += batch * bounds["per_batch"] if batch > 0 else 0.0
+        dual += batch * whole["per_batch"] if batch > 0 else 0.0
         assert dual == pytest.approx(plan.upper_bound.item(), abs=1e-7)
 
 
@@ -325,7 +333,7 @@ class TestInfeasible:
         bounds = {"costs": np.array([1.0, 2.0, 4.0]), "per_token": (2.0, 7.0), "per_batch": 7.0}
         plan = solved(scores, bounds)
         assert plan.meets_low.tolist() == [False, True]
-        assert plan.mask.tolist() == [[True, False, False], [False, True, True]]
+        assert plan.mask.tolist() == [[True, False, False], [True, False, True]]
         assert plan.gap.item() >= 0
 
     @KINDS
@@ -361,6 +369,36 @@ class TestSets:
         }
         assert reachable_costs(costs, most).tolist() == pytest.approx(sorted(sums), abs=1e-9)
 
+    @properties
+    @given(problem=problems())
+    def test_moved_bounds_lose_no_plan(self, best_value, problem):
+        scores, bounds = problem
+        value = best_value(scores, **bounds)
+        if value is None:
+            return
+        moved = whole_bounds(scores, bounds)
+        for before, after, sign in zip(
+            bounds["per_token"], moved["per_token"], (1, -1), strict=True
+        ):
+            assert (sign * (after - before) >= -1e-9).all()
+        assert moved["per_batch"] <= bounds["per_batch"] + 1e-9
+        assert best_value(scores, **moved) == pytest.approx(value, abs=1e-7)
+
+    @pytest.mark.parametrize(
+        ("costs", "unit"),
+        [
+            ([1.0, 2.0, 4.0], 1.0),
+            ([6.0, 10.0, 15.0], 1.0),
+            ([0.6, 1.5, 0.9], 0.3),
+            ([4.0], 4.0),
+            ([3e18, 2e18], 1e18),
+            ([1.0, 2.0**0.5], None),
+            ([1.0, 1.00001], None),
+        ],
+    )
+    def test_common_unit(self, costs, unit):
+        assert common_unit(np.array(costs)) == (unit and pytest.approx(unit))
+
     def test_too_many_sums(self):
         costs = 2.0 ** np.arange(8)
         assert len(reachable_costs(costs, 300.0, limit=256)) == 256
@@ -387,8 +425,24 @@ class TestSets:
     def test_search_stays_within_bounds_where_sums_are_too_many(self):
         costs = np.random.default_rng(1).uniform(1, 2, 40)
         for low in (7.0, 20.0, 33.0):
-            found = cheapest_set(costs, low, low + 0.5, limit=64)
+            found = cheapest_set(costs, low, low + 0.5, limit=256)
             assert low <= costs[found].sum() <= low + 0.5
+
+    def test_repair_makes_room_by_dropping_extras(self):
+        costs = np.array([6.0, 10.0, 15.0, 29.0, 1.0])
+        bounds = {
+            "costs": costs,
+            "per_token": (np.array([31.0, 0.0, 0.0]), 31.0),
+            "per_batch": 31.0,
+        }
+        scores = np.array([[0.1, 0.1, 0.1, 9.0, -INF]] + [[-INF] * 4 + [1.0]] * 2)
+        start = np.array([[False, False, False, True, False]] + [[False] * 4 + [True]] * 2)
+        plan = working_plan(as_problem(scores, bounds), start)
+        polish(plan)
+        assert plan.is_short.tolist() == [True, False, False]
+        repair(plan)
+        assert plan.mask[0, :-1].tolist() == [True, True, True, False, False]
+        assert not plan.mask[1:].any()
 
 
 class TestPolish:
@@ -417,7 +471,7 @@ class TestPolish:
     def test_tokens_trade_cost(self):
         scores = np.array([[5.0, 8.0, -INF, -INF], [-INF, -INF, 2.0, 4.0]])
         costs = np.array([1.0, 3.0, 2.0, 4.0])
-        bounds = {"costs": costs, "per_token": (0.0, 4.0), "per_batch": 5.0}
+        bounds = {"costs": costs, "per_token": (0.0, np.array([3.0, 4.0])), "per_batch": 5.0}
         start = np.array([[True, False, False, False], [False, False, False, True]])
         plan = working_plan(as_problem(scores, bounds), start)
         polish(plan)

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from drgr.budgets.geometry import Entropic, Euclidean
 from drgr.budgets.price_roots import Curve, falling_root
-from drgr.budgets.prices import OUTCOMES, budget_prices
+from drgr.budgets.prices import OUTCOMES, budget_prices, opaque_budget_prices
 from drgr.budgets.token_prices import Bounds, Rows, token_prices
 from drgr.numerics import Status
 
@@ -65,9 +65,9 @@ def test_without_early_exit_the_host_never_waits(shares, geometry):
 def test_operator_obeys_its_schema(entropic):
     gates, costs, per_token, total = problem(0.28, 0.32, 0.3)
     options = {"entropic": entropic, "early_exit": True}
-    torch.library.opcheck(budget_prices, (gates, costs, per_token, total, None), options)
+    torch.library.opcheck(opaque_budget_prices, (gates, costs, per_token, total, None), options)
     capacity = 0.3 * len(gates) * costs
-    torch.library.opcheck(budget_prices, (gates, costs, per_token, total, capacity), options)
+    torch.library.opcheck(opaque_budget_prices, (gates, costs, per_token, total, capacity), options)
 
 
 @pytest.mark.parametrize("early_exit", [True, False])

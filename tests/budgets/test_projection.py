@@ -264,7 +264,12 @@ def test_empty_batch():
 
 GATES = torch.rand(4, 3)
 REFUSED = [
-    (TypeError, torch.ones(4, 3).long(), {}, "gates must be a floating-point tensor, got torch.int"),
+    (
+        TypeError,
+        torch.ones(4, 3).long(),
+        {},
+        "gates must be a floating-point tensor, got torch.int",
+    ),
     (ValueError, torch.ones(3), {}, "gates must have shape ('any', 3), got (3,)"),
     (ValueError, torch.ones(4, 2), {}, "gates must have shape ('any', 3), got (4, 2)"),
     (

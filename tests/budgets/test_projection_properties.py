@@ -11,13 +11,13 @@ from drgr.budgets.projection import project
 from drgr.numerics import Status
 
 BOTH = pytest.mark.parametrize("solve", [project, project_entropic])
-MANY = settings(deadline=None, derandomize=True, max_examples=60)
+MANY = settings(deadline=None, derandomize=True, max_examples=25)
 FLOAT64 = {"dtype": torch.float64}
 
 # Few distinct values give ties and gates exactly on an end; the others come from the whole range.
 values = st.one_of(st.integers(0, 5).map(lambda k: k / 4), st.floats(1e-3, 3.0))
 costs = st.one_of(st.just(1.0), st.sampled_from([0.25, 0.5, 2.0, 3.0]), st.floats(0.01, 10.0))
-shares = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0.0, 1.0))
+shares = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(1e-9, 1.0))
 
 
 def sorted_pair(draw):
@@ -50,9 +50,9 @@ def problems(draw, count=1):
     num_tokens, budget = draw(budgets())
     size = num_tokens * budget.num_experts
     sets = [
-        torch.tensor(
-            draw(st.lists(values, min_size=size, max_size=size)), **FLOAT64
-        ).reshape(num_tokens, -1)
+        torch.tensor(draw(st.lists(values, min_size=size, max_size=size)), **FLOAT64).reshape(
+            num_tokens, -1
+        )
         for _ in range(count)
     ]
     return *sets, budget
@@ -104,8 +104,8 @@ def test_plans_are_within_the_budget_and_certified(solve, problem):
 def test_projecting_twice_changes_nothing(solve, problem):
     gates, budget = problem
     once = solve(positive(solve, gates), budget).gates
-    again = solve(positive(solve, once), budget).gates
-    torch.testing.assert_close(again, once, rtol=0, atol=1.1e-3 if (once < 1e-3).any() else 1e-10)
+    again = solve(once, budget).gates
+    torch.testing.assert_close(again, once, rtol=0, atol=1e-10)
 
 
 @MANY
@@ -123,10 +123,7 @@ def test_variational_inequality(solve, problem):
     gates, other, budget = problem
     gates, other = positive(solve, gates), positive(solve, other)
     plan, within = solve(gates, budget).gates, solve(other, budget).gates
-    if solve is project:
-        slope = plan - gates
-    else:
-        slope = plan.clamp_min(1e-300).log() - gates.log()
+    slope = plan - gates if solve is project else plan.clamp_min(1e-300).log() - gates.log()
     assert (slope * (within - plan)).sum() >= -1e-8 * (1 + slope.abs().max())
 
 

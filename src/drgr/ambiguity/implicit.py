@@ -74,7 +74,8 @@ def _at_the_edge(
     """Returns the weights at saturation (multiplier 0), and the nominal elsewhere."""
     saturated = (found.multiplier == 0).unsqueeze(-1)
     log_ratio = torch.where(saturated, divergence.limit(problem), 0.0)
-    return problem.nominal * log_ratio.exp()
+    # Constant in the losses, but never without a graph.
+    return problem.nominal * log_ratio.exp() + 0 * problem.losses
 
 
 def _inside(

@@ -82,8 +82,7 @@ class JensenShannon:
 
     def ratio(self, slope: Tensor) -> Tensor:
         """Returns ``e^{2 s} / (2 - e^{2 s})``."""
-        tilt = torch.expm1(2 * slope)
-        return (1 + tilt) / (1 - tilt)
+        return (2 * slope).exp() / (1 - torch.expm1(2 * slope))
 
     def ratio_slope(self, slope: Tensor) -> Tensor:
         """Returns ``2 r (1 + r)``."""

@@ -30,6 +30,8 @@ from drgr.numerics import isotonic_blocks
 
 _GRID = 257
 _SHAPE_TOLERANCE = 1e-9
+_LARGEST_PENALTY = 1e15  # the weights are the nominal to rounding
+_FULL_MASS = 1 - 2.0**-53  # at 1 itself the formula of a distortion may have no slope
 # Exponents below minus this have no digits left once they meet a small mass.
 _WIDEST_TILT = 300.0
 
@@ -116,6 +118,7 @@ class Spectral:
 
     def certified(self, problem: Problem, penalty: Tensor) -> CertifiedSaddlePoint:
         """Solves a batch of scaled problems; ``penalty`` has no effect without ``smoothing``."""
+        penalty = penalty.clamp_max(_LARGEST_PENALTY)
         with torch.enable_grad():
             nominal = problem.nominal.detach().requires_grad_()
             ranked = _ranked(problem.losses, nominal, self.distortion)
@@ -125,10 +128,12 @@ class Spectral:
                 conjugates = torch.zeros_like(levels)
                 spent = torch.zeros_like(penalty)
             else:
-                blocks = _blocks(self.smoothing, ranked, penalty)
-                weights = _penalized_weights(self.smoothing, ranked, penalty, blocks)
+                # Ties share beforehand: a tiny penalty leaves no digits to pool them by.
+                tied = ranked._replace(sigma=_shared_by_ties(ranked).detach())
+                blocks = _blocks(self.smoothing, tied, penalty)
+                weights = _penalized_weights(self.smoothing, tied, penalty, blocks)
                 # The dual bounds the value only at levels in the order of the losses.
-                levels = _levels(self.smoothing, ranked, penalty, blocks).cummax(dim=-1).values
+                levels = _levels(self.smoothing, tied, penalty, blocks).cummax(dim=-1).values
                 slope = (ranked.losses - levels) / penalty.unsqueeze(-1)
                 conjugates = penalty.unsqueeze(-1) * self.smoothing.conjugate(slope)
                 mass = ranked.mass.detach()
@@ -165,7 +170,7 @@ def _ranked(losses: Tensor, nominal: Tensor, distortion: Callable[[Tensor], Tens
     ordered, order = losses.sort(dim=-1)
     mass = nominal.gather(-1, order)
     # Masses are summed from the top, where few atoms of little mass carry the weight.
-    above = mass.flip(-1).cumsum(dim=-1).flip(-1).clamp_max(1.0)
+    above = mass.flip(-1).cumsum(dim=-1).flip(-1).clamp_max(_FULL_MASS)
     share = distortion(above)
     rest = torch.cat([share[..., 1:], torch.zeros_like(share[..., :1])], dim=-1)
     return _Ranked(ordered, order, mass, share - rest)

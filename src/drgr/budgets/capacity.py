@@ -147,8 +147,9 @@ def _ascended(dual: _Dual, point: _Point) -> tuple[_Point, bool]:
     """Climbs to the maximum, and tells whether the dual stays below the largest distance.
 
     A Newton step uses the exact curvature of the piece, damped in proportion to the gradient, and
-    is halved until the dual rises. ``reach`` bounds it where the dual is linear; it follows the
-    steps that succeed.
+    is halved until the dual rises. ``longest`` times ``growth`` bounds it where the dual is linear.
+    Where a step had to be halved, each expert's own best price follows: that copes with experts
+    whose pieces differ in width by orders of magnitude.
     """
     limit = dual.geometry.largest_distance(dual.coordinates) * _INFEASIBLE_BEYOND
     longest = (1 + dual.reach()) / dual.costs
@@ -167,7 +168,7 @@ def _ascended(dual: _Dual, point: _Point) -> tuple[_Point, bool]:
         else:
             break
         growth = min(growth * 2.0 ** (1 - halvings), _LARGEST_GROWTH)
-        point = trial
+        point = trial if halvings == 0 else dual.at(_prices_alone(dual, trial))
     return point, True
 
 
@@ -178,20 +179,26 @@ def rounding_by_expert(costs: Tensor, token: Tensor, expert: Tensor) -> Tensor:
 
 
 def _prices_alone(dual: _Dual, point: _Point) -> Tensor:
-    """Returns the price of each expert that alone, the others fixed, meets its bound."""
+    """Returns the price at which each expert meets its bound, the tokens' prices being fixed.
+
+    The best expert prices at fixed prices of the tokens, and then the best prices of the tokens at
+    those: neither lowers the dual.
+    """
     geometry, costs = dual.geometry, dual.costs
     shifted = (dual.coordinates - costs * point.inner.token.unsqueeze(1)).T.contiguous()
     rows = Rows.of(geometry, shifted, torch.ones_like(shifted[0]))
     zero = torch.zeros_like(costs)
+    unpriced, wanted = rows.cost_at(zero), dual.capacity / costs
+    needed = unpriced > wanted
     found = row_roots(
         rows,
-        target=torch.where(point.excess > 0, dual.capacity, 0.0) / costs,
+        target=torch.where(needed, wanted, unpriced),
         start=zero,
         lower=zero,
         upper=geometry.highest_price(shifted, rows.costs, rows.plan).amax(dim=1).clamp_min(0),
         early_exit=True,
     )
-    return torch.where(point.excess > 0, found / costs, zero)
+    return torch.where(needed, found / costs, zero)
 
 
 def _direction(dual: _Dual, point: _Point, reach: Tensor) -> Tensor:

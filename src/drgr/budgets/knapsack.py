@@ -44,14 +44,14 @@ class Solution(NamedTuple):
 def best_knapsack_plan(problem: Problem) -> Solution:
     """Returns a plan that no move of :func:`polish` improves, without bounds for the experts."""
     tables = row_tables(problem)
-    low = _limit_to_bounds(problem, tables)
+    _limit_to_bounds(problem, tables)
     split = batch_split(tables, problem.total, problem.slack)
     plan = working_plan(problem, tables.mask(_filled(split, problem)))
     no_price = np.zeros(len(problem.costs))
     if tables.is_exact:
         polish(plan)
-        if (plan.spend >= low * (1 - problem.slack)).all():
-            return Solution(plan.mask[:, :-1], split.price, no_price, split.bound, low)
+        if not plan.is_short.any():
+            return Solution(plan.mask[:, :-1], split.price, no_price, split.bound, problem.low)
     return finished(plan, fractional_plan(within_reach(problem))[1], no_price)
 
 
@@ -91,8 +91,8 @@ def fractional_plan(problem: Problem) -> tuple[Array, float]:
     return rows.amounts(split.cheap.cost + np.clip(left - before, 0.0, growth)), split.price
 
 
-def _limit_to_bounds(problem: Problem, tables: RowTables) -> Array:
-    """Removes entries below the lower bounds in place; returns the bounds that can be met.
+def _limit_to_bounds(problem: Problem, tables: RowTables) -> None:
+    """Removes entries below the lower bounds, in place.
 
     A token that cannot meet its own spends all that it can. Where the cheapest entries exceed the
     batch, the last tokens lose their bounds.
@@ -104,7 +104,6 @@ def _limit_to_bounds(problem: Problem, tables: RowTables) -> Array:
     tables.values[costs < np.minimum(problem.least, reach)] = -np.inf
     is_over = tables.cheapest().cost.cumsum() > problem.total * (1 + problem.slack)
     tables.values[:, is_over] = reachable[:, is_over]
-    return np.where(is_over, 0.0, np.minimum(problem.low, reach))
 
 
 def _filled(split: Split, problem: Problem) -> Ids:

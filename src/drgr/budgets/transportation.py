@@ -133,6 +133,7 @@ class _Network:
         columns = np.arange(len(self.bound))
         for column in columns.tolist():
             self._compare(column, columns)
+        self._count(columns.tolist())
 
     def push(self, chain: list[int]) -> None:
         """Moves as much as possible from the first column of a chain to its last."""
@@ -145,10 +146,14 @@ class _Network:
         for token, leaves, joins in steps:
             self.flow[leaves, token] -= amount
             self.flow[joins, token] += amount
-        self.load[[chain[0], chain[-1]]] += (-amount, amount)
-        is_full = np.abs(self.load - self.bound) <= self.tiny * self.flow.shape[1]
-        self.load[is_full] = self.bound[is_full]
         self._update(np.array(list({token for token, _, _ in steps})))
+        self._count(chain)
+
+    def _count(self, columns: list[int]) -> None:
+        """Adds up some columns; what differs from the bound by rounding is at the bound."""
+        load, bound = self.flow[columns].sum(axis=1), self.bound[columns]
+        is_full = np.abs(load - bound) <= self.tiny * self.flow.shape[1]
+        self.load[columns] = np.where(is_full, bound, load)
 
     def _movable(self, token: int, leaves: int, joins: int) -> float:
         """Returns how much of a token can move at the loss of its next unit."""
@@ -215,7 +220,7 @@ def _network(problem: Problem, amounts: Array) -> _Network:
         spare=problem.high - problem.low,
         flow=flow,
         bound=np.append(problem.capacity, np.inf),
-        load=flow.sum(axis=1),
+        load=np.empty(num_columns),
         leaving=np.empty_like(flow),
         joining=np.empty_like(flow),
         loss=np.empty((num_columns, num_columns)),

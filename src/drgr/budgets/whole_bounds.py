@@ -51,13 +51,14 @@ def tightened(problem: Problem) -> Problem:
             cheapest such sets together exceed the batch.
     """
     inside = 1 + problem.slack
+    grid = reachable_costs(problem.costs, float(problem.most.max(initial=0.0)))
+    if grid is not None:
+        problem = _on_grid(problem, grid)
     tokens = np.floor(problem.capacity / problem.costs * inside)
     total, unit = problem.total, common_unit(problem.costs)
     if unit is not None and np.isfinite(total):
         total = unit * float(np.floor(total / unit * inside))
-    problem = replace(problem, capacity=tokens * problem.costs, total=total)
-    grid = reachable_costs(problem.costs, float(problem.most.max(initial=0.0)))
-    return problem if grid is None else _on_grid(problem, grid)
+    return replace(problem, capacity=tokens * problem.costs, total=total)
 
 
 def _on_grid(problem: Problem, grid: Array) -> Problem:
