@@ -8,6 +8,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "benchmarks/quickstart/result.json"
 OVERHEAD = "benchmarks/overhead/result.json"
+WORST_CASE = "benchmarks/worst_case/result.json"
+BUDGETS = "benchmarks/budgets/result.json"
 START = "<!-- results: written by benchmarks/readme.py -->\n"
 END = "<!-- end of results -->\n"
 
@@ -29,7 +31,15 @@ def section() -> str:
     """Returns the section in Markdown."""
     quickstart = json.loads((ROOT / QUICKSTART).read_text())
     overhead = json.loads((ROOT / OVERHEAD).read_text())
-    return "\n".join([*quickstart_lines(quickstart), "", *overhead_lines(overhead), ""])
+    worst_case = json.loads((ROOT / WORST_CASE).read_text())
+    budgets = json.loads((ROOT / BUDGETS).read_text())
+    parts = [
+        quickstart_lines(quickstart),
+        overhead_lines(overhead),
+        worst_case_lines(worst_case),
+        budget_lines(budgets),
+    ]
+    return "\n".join(line for part in parts for line in [*part, ""])
 
 
 def quickstart_lines(result: dict[str, Any]) -> list[str]:
@@ -80,6 +90,44 @@ def overhead_lines(result: dict[str, Any]) -> list[str]:
         f"the step of the same transformers model with `grouped_mm` experts unattached; "
         f"{alone['median']:.3f} times without the adversary's held-out passes "
         f"([result.json]({OVERHEAD}), `python -m benchmarks.overhead.run`).",
+    ]
+
+
+def worst_case_lines(result: dict[str, Any]) -> list[str]:
+    """Describes the speed of the adversary."""
+    lines = [
+        f"Worst-case weights, float64, one CPU thread, n = {result['atoms']:,}; a sort of the same "
+        f"vector takes {1e3 * result['sort']['median']:.0f} ms; last column: "
+        f"{result['problems_of_22']:,} problems of n = 22 in one call against a loop over the same "
+        f"function ([result.json]({WORST_CASE}), `python -m benchmarks.worst_case.run`):",
+        "",
+        "| divergence | time | faster than CVXPY with Clarabel | gap / range | batched |",
+        "| --- | --: | --: | --: | --: |",
+    ]
+    for name, row in result["divergences"].items():
+        rival = row["cvxpy"]
+        faster = f"{rival['ratio']:,.0f}x" if "ratio" in rival else "the solver fails"
+        lines.append(
+            f"| {name} | {1e3 * row['seconds']['median']:.0f} ms | {faster} | "
+            f"{row['relative_gap']:.0e} | {result['batched'][name]['ratio']:,.0f}x |"
+        )
+    return lines
+
+
+def budget_lines(result: dict[str, Any]) -> list[str]:
+    """Describes the speed of projection and selection."""
+    ratios = result["ratio_to_topk"]
+    topk = 1e3 * result["seconds"]["topk"]["median"]
+    return [
+        f"Budgets at T = {result['tokens']:,} and E = {result['experts']}, float32, one CPU "
+        f"thread, in units of one `torch.topk(k=8)` of the same matrix ({topk:.1f} ms): exact "
+        f"projection onto token and batch bounds at unequal costs "
+        f"{ratios['project, unequal costs']:.1f} "
+        f"({ratios['project and backward, unequal costs']:.1f} with its backward pass), optimal "
+        f"selection at equal costs {ratios['select, equal costs']:.1f}, selection at unequal costs "
+        f"{ratios['select, unequal costs']:,.0f} with a certified gap of "
+        f"{result['quality']['select_unequal_relative_gap']:.2%} "
+        f"([result.json]({BUDGETS}), `python -m benchmarks.budgets.run`).",
     ]
 
 

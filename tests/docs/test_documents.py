@@ -55,13 +55,22 @@ def test_the_domain_file_of_the_readme_is_valid(tmp_path):
 def test_the_loop_of_the_readme_runs(build_family):
     import torch
 
-    (code,) = blocks("python")
+    code = blocks("python")[0]
     model = build_family("olmoe")
     ids = torch.randint(2, 64, (2, 8))
     optimizer = torch.optim.AdamW(model.parameters())
     names = {"model": model, "ids": ids, "optimizer": optimizer}
     exec(compile(code, "README.md", "exec"), names)
     assert all(policy.batch_price.value is not None for policy in names["routing"].policies)
+
+
+def test_the_numerics_of_the_readme_run():
+    names = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    assert names["worst"].status.succeeded
+    assert names["losses"].grad.equal(names["worst"].weights)
+    assert names["soft"].spend <= 600 * (1 + 1e-6)
+    assert names["hard"].spend <= 600
 
 
 def test_results_in_the_readme_are_those_of_the_committed_files():
