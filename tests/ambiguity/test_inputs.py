@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from drgr.ambiguity import KL, ChiSquare, worst_case
+from drgr.ambiguity import (
+    KL,
+    AlphaDivergence,
+    ChiSquare,
+    CressieRead,
+    CVaR,
+    KLCVaR,
+    Spectral,
+    worst_case,
+)
 
 LOSSES = torch.tensor([1.0, 2.0, 3.0])
 
@@ -105,3 +114,85 @@ def test_nominal_in_float32_is_renormalized():
     nominal = torch.full((3,), 1 / 3) * (1 + 3e-5)
     result = solve(LOSSES.double(), nominal=nominal)
     assert result.weights.sum().item() == pytest.approx(1, abs=1e-15)
+
+
+# Divergences
+
+
+@pytest.mark.parametrize("kind", [CVaR, KLCVaR, Spectral.superquantile])
+@pytest.mark.parametrize("bad", [0.0, -0.1, 1.1, math.nan, math.inf])
+def test_level_of_a_tail_out_of_range(kind, bad):
+    with pytest.raises(ValueError, match=rf"level must lie in \(0, 1\], got {bad}; give the mass"):
+        kind(bad)
+
+
+@pytest.mark.parametrize("bad", [50.5, -51.0, math.nan, math.inf])
+def test_order_of_cressie_read_out_of_range(bad):
+    with pytest.raises(
+        ValueError, match=rf"power must be a finite number of at most 50 in magnitude, got {bad}; "
+    ):
+        CressieRead(bad)
+
+
+@pytest.mark.parametrize("bad", [100.0, -102.0, math.nan, -math.inf])
+def test_alpha_out_of_range(bad):
+    with pytest.raises(
+        ValueError, match=r"\(1 \+ alpha\) / 2 must be .* at most 50 .*; choose alpha between"
+    ):
+        AlphaDivergence(bad)
+
+
+@pytest.mark.parametrize("level", [{"radius": 0.1}, {"penalty": 1.0}])
+@pytest.mark.parametrize("divergence", [CVaR(0.5), Spectral.extremile(2.0)], ids=["cvar", "rank"])
+def test_sets_of_one_size_refuse_another(divergence, level):
+    with pytest.raises(ValueError, match="fixes its own size; give neither radius nor penalty"):
+        worst_case(LOSSES, divergence=divergence, **level)
+
+
+def test_smoothed_spectral_risk_takes_a_penalty_only():
+    divergence = Spectral.extremile(2.0, KL())
+    with pytest.raises(ValueError, match="takes a penalty and no radius; give one in loss units"):
+        worst_case(LOSSES, divergence=divergence, radius=0.1)
+    with pytest.raises(ValueError, match="exactly one of radius and penalty must be given"):
+        worst_case(LOSSES, divergence=divergence)
+
+
+@pytest.mark.parametrize("bad", [0.9, math.nan, math.inf])
+def test_order_of_an_extremile_out_of_range(bad):
+    with pytest.raises(ValueError, match=f"order must be a finite number of at least 1, got {bad}"):
+        Spectral.extremile(bad)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_rate_out_of_range(bad):
+    with pytest.raises(ValueError, match=f"rate must be a finite number above 0, got {bad}"):
+        Spectral.exponential(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [(), (0.6, 0.4), (-0.1, 1.1), (0.3, 0.5), (math.nan, 0.5), (0.2, 0.3, math.inf)],
+    ids=str,
+)
+def test_spectrum_that_is_none(bad):
+    with pytest.raises(
+        ValueError, match="spectrum must be nonnegative, nondecreasing and sum to 1, got"
+    ):
+        Spectral.from_weights(bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda mass: mass**2,
+        lambda mass: 0.1 + 0.9 * mass,
+        lambda mass: 0.9 * mass,
+        lambda mass: 4 * mass * (1 - mass) + mass,
+    ],
+    ids=["convex", "not_0_at_0", "not_1_at_1", "decreasing"],
+)
+def test_distortion_that_is_none(bad):
+    with pytest.raises(
+        ValueError, match=r"distortion must be concave and nondecreasing from 0 .* got \[.*; give g"
+    ):
+        Spectral(bad)

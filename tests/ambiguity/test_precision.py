@@ -66,8 +66,8 @@ def test_penalized_weights_fade_with_the_scale_of_the_losses(priced):
 def test_hard_instances_keep_a_tiny_gap(sized):
     """Skewed nominal down to 1e-40, ties, scales 1e-4 to 1e4, radii 1e-9 to 10."""
     generator = torch.Generator().manual_seed(0)
-    for trial in range(24):
-        n, power, offset = (2, 5, 50, 300)[trial % 4], (1, 4, 20)[trial // 4 % 3], trial % 2 * 1000
+    for trial in range(12):
+        n, power, offset = (2, 5, 50, 300)[trial % 4], (1, 4, 20)[trial // 4], trial % 2 * 1000
         losses = torch.randn(16, n, dtype=DOUBLE, generator=generator) * 10.0 ** (trial % 9 - 4)
         if trial % 5 == 0:
             losses = losses.round(decimals=1)

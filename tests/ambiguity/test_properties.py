@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from drgr.ambiguity import KL, Status, effective_number, worst_case
 
-FEW = settings(deadline=None, derandomize=True, max_examples=12)
+FEW = settings(deadline=None, derandomize=True, max_examples=7)
 MANY = settings(FEW, max_examples=40)
 
 # Few distinct values give ties; the wide range gives skew.
@@ -118,11 +118,12 @@ def test_value_is_convex_and_its_gradient_supports_it(sized, problem, log_level,
     others = torch.from_numpy(others)
     divergence = sized.case.divergence
     level = sized.level(radius=10.0**log_level, penalty=10.0**log_level)
-    here = solve(problem, divergence, **level)
-    there = solve((losses + others, nominal), divergence, **level)
-    assert (there.value >= here.value + others @ here.weights - 1e-8 * (1 + span(losses))).all()
-    middle = solve((losses + others / 2, nominal), divergence, **level)
-    assert (middle.value <= (here.value + there.value) / 2 + 1e-8 * (1 + span(losses))).all()
+    moves = torch.cat([torch.zeros_like(others[:1]), others, others / 2])
+    result = solve((losses + moves, nominal), divergence, **level)
+    here, there, middle = result.value.split([1, 4, 4])
+    slack = 1e-8 * (1 + span(losses))
+    assert (there >= here + others @ result.weights[0] - slack).all()
+    assert (middle <= (here + there) / 2 + slack).all()
 
 
 @FEW

@@ -21,7 +21,7 @@ from drgr.errors import InfeasibleBudgetError
 from drgr.numerics import Status
 
 INF = np.inf
-properties = settings(deadline=None, derandomize=True, max_examples=80)
+properties = settings(deadline=None, derandomize=True, max_examples=50)
 KINDS = pytest.mark.parametrize("tables", ["exact", "cells"])
 
 

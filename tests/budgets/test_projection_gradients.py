@@ -151,18 +151,41 @@ def test_saturated_rows_have_no_derivative_and_no_nan(solve):
 
 
 @BOTH
-def test_bounds_of_experts_that_leave_no_room_still_have_derivatives(solve):
+def test_entries_on_an_end_do_not_move(solve):
+    gates = torch.tensor([[1.0, 0.5, 2.0]], **FLOAT64, requires_grad=True)
+    plan = solve(gates, Budget(torch.ones(3))).gates
+    (slope,) = torch.autograd.grad(plan.sum(), gates)
+    assert torch.equal(slope, torch.tensor([[0.0, 1.0, 0.0]], **FLOAT64))
+
+
+def test_a_closed_token_is_held_at_a_lower_bound_of_zero():
+    gates = torch.tensor([[0.8, 0.9], [-1.0, -2.0]], **FLOAT64)
+    costs = torch.tensor([1.0, 2.0], **FLOAT64)
+
+    def batch_price(low):
+        return project(gates, Budget(costs, per_token=(low, 3.0), per_batch=1.5)).batch_price
+
+    low = torch.zeros(2, **FLOAT64, requires_grad=True)
+    (slope,) = torch.autograd.grad(batch_price(low), low)
+    step = torch.tensor([0.0, 1e-4], **FLOAT64)
+    change = (batch_price(low.detach() + step) - batch_price(low.detach())) / 1e-4
+    assert slope[1].item() == pytest.approx(change.item(), rel=1e-9)
+    assert slope[1] > 0
+
+
+@BOTH
+@pytest.mark.parametrize("seed", range(3))
+def test_bounds_of_experts_that_leave_no_room_still_have_derivatives(solve, seed):
     """Bounds that add up to those of the tokens leave one direction of prices free."""
-    gates = (0.2 + 0.6 * torch.rand(6, 3, **FLOAT64)).requires_grad_()
-    budget = Budget(
-        torch.ones(3, **FLOAT64),
-        per_token=(1.0, 1.0),
-        per_expert=torch.full((3,), 2.0, **FLOAT64),
-    )
-    weights = torch.rand(6, 3, **FLOAT64)
+    generator = torch.Generator().manual_seed(seed)
+    gates, weights = torch.rand(2, 7, 4, **FLOAT64, generator=generator)
+    gates = (0.2 + 0.6 * gates).requires_grad_()
+    costs = 0.5 + torch.rand(4, **FLOAT64, generator=generator)
+    low = 0.4 * costs.sum()
+    budget = Budget(costs, per_token=(low, low), per_expert=0.4 * 7 * costs)
     (slope,) = torch.autograd.grad((solve(gates, budget).gates * weights).sum(), gates)
     step = 1e-6
-    for token, expert in itertools.product(range(3), range(3)):
+    for token, expert in itertools.product(range(2), range(4)):
         moved = torch.zeros_like(weights)
         moved[token, expert] = step
         up, down = solve(gates + moved, budget).gates, solve(gates - moved, budget).gates

@@ -17,7 +17,7 @@ from drgr.errors import InfeasibleBudgetError
 from drgr.numerics import Status
 
 INF = np.inf
-properties = settings(deadline=None, derandomize=True, max_examples=80)
+properties = settings(deadline=None, derandomize=True, max_examples=50)
 
 
 @st.composite

@@ -93,7 +93,8 @@ def _cell_tables(problem: Problem, num_cells: int, most: float) -> RowTables:
     num_tokens, num_experts = problem.scores.shape
     size = most / num_cells
     scores = np.ascontiguousarray(problem.scores.T)
-    values = np.full((num_cells + 1, num_tokens), -np.inf)
+    # The empty set has an entry of its own, so that no token must spend.
+    values = np.full((num_cells + 2, num_tokens), -np.inf)
     values[0] = 0.0
     costs = np.zeros_like(values)
     origin = np.full((num_experts, *values.shape), -1, dtype=np.int16)
@@ -102,9 +103,9 @@ def _cell_tables(problem: Problem, num_cells: int, most: float) -> RowTables:
         # Within a cell the sum of two costs reaches one of two cells.
         step = int(cost / size)
         for shift in (step, step + 1):
-            source = np.arange(max(0, num_cells + 1 - shift))
+            source = np.arange(max(0, len(values) - shift))
             target = source + shift
-            lands = (grown[source] / size).astype(np.int64) == target[:, None]
+            lands = (grown[source] / size).astype(np.int64) + 1 == target[:, None]
             is_better = lands & (joined[source] > values[target])
             origin[expert, target] = np.where(is_better, source[:, None], origin[expert, target])
             values[target] = np.where(is_better, joined[source], values[target])
