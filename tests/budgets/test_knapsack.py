@@ -345,6 +345,15 @@ class TestInfeasible:
         assert plan.meets_low.tolist() == [True, False, True]
 
     @KINDS
+    def test_an_expert_cheaper_than_any_cell_is_not_forced(self, use_tables, tables):
+        use_tables(tables)
+        scores = np.array([[1.0, 5.0, 4.0], [2.0, 5.0, 4.0], [1.0, 5.0, 4.0]])
+        bounds = {"costs": np.array([0.01, 3.0, 2.7]), "per_token": (0.0, 5.8)}
+        plan = solved(scores, {**bounds, "per_batch": 0.015})
+        assert plan.status is Status.CONVERGED
+        assert plan.mask.nonzero().tolist() == [[1, 0]]
+
+    @KINDS
     def test_bounds_that_only_one_set_meets(self, use_tables, tables):
         use_tables(tables)
         scores = np.random.default_rng(0).normal(size=(5, 4))
