@@ -187,31 +187,29 @@ def test_gates_of_a_million_and_costs_far_apart(regime):
 def test_gates_of_a_million_with_capacities_that_another_plan_uses_up(seed):
     """Nearly a linear programme, and degenerate: its dual has narrow pieces and wide flats."""
     generator = torch.Generator().manual_seed(seed)
-    gates, other = torch.rand(2, 6, 4, **FLOAT64, generator=generator)
-    costs = torch.rand(4, **FLOAT64, generator=generator) + 0.2
-    full = costs.sum().item()
-    per_token, per_batch = (0.2 * full, 0.6 * full), 6 * 0.4 * full
-    plan = project(other, Budget(costs, per_token=per_token, per_batch=per_batch)).gates
-    used_up = Budget(
-        costs, per_token=per_token, per_batch=per_batch, per_expert=costs * plan.sum(dim=0)
-    )
-    result = project(1e6 * gates, used_up)
+    gates, other = torch.rand(2, 8, 6, **FLOAT64, generator=generator)
+    costs = torch.rand(6, **FLOAT64, generator=generator) + 0.2
+    per_token = (0.4 * costs.sum().item(), 0.4 * costs.sum().item())
+    used_up = costs * project(other, Budget(costs, per_token=per_token)).gates.sum(dim=0)
+    budget = Budget(costs, per_token=per_token, per_expert=used_up)
+    result = project(1e6 * gates, budget)
     assert result.status is Status.CONVERGED
-    assert_certified(project, 1e6 * gates, used_up, result, rounding=1e-8)
+    assert_certified(project, 1e6 * gates, budget, result, rounding=1e-8)
 
 
-def test_capacities_of_a_billionth_of_the_gates():
+@pytest.mark.parametrize("seed", [7, 70, 77, 154])
+def test_capacities_of_a_billionth_of_the_gates(seed):
     """Each expert has one narrow piece of the dual, at a price of its own."""
-    gates = torch.zeros(6, 5, **FLOAT64)
-    gates[2, 0], gates[2, 4], gates[3, 2], gates[3, 4] = 2.0, 1.25, 0.75, 1.0
-    gates[4, 4], gates[5, 1], gates[5, 3] = 0.25, 1.0, 1e-3
-    costs = torch.tensor([3.0, 3.0, 5.0, 1.0, 1.0], **FLOAT64)
-    capacity = 6e-9 * costs
-    for per_batch in (7.3, 14.6):
-        budget = Budget(costs, per_token=(0.0, 3.9), per_batch=per_batch, per_expert=capacity)
-        result = project(gates, budget)
-        assert result.status is Status.CONVERGED
-        torch.testing.assert_close(costs * result.gates.sum(dim=0), capacity, rtol=1e-6, atol=0)
+    generator = torch.Generator().manual_seed(seed)
+    gates = 2 * torch.rand(6, 5, **FLOAT64, generator=generator)
+    if seed % 2:
+        gates = (gates * 4).round() / 4
+    costs = torch.rand(5, **FLOAT64, generator=generator) + 0.2
+    full, capacity = costs.sum().item(), 6e-9 * costs
+    budget = Budget(costs, per_token=(0.0, 0.3 * full), per_batch=0.9 * full, per_expert=capacity)
+    result = project(gates, budget)
+    assert result.status is Status.CONVERGED
+    assert_certified(project, gates, budget, result)
 
 
 @BOTH
