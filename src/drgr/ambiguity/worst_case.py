@@ -81,8 +81,8 @@ def worst_case(
         weights_require_grad: Whether the weights carry derivatives, and value and weights such of
             higher order. For divergences whose weights are smooth (:class:`SmoothDivergence`).
         allow_infinite: Whether losses may be ``inf``. The value is then ``inf``, and the weights
-            are the limit as these losses grow together: the worst case of the two levels infinite
-            and finite, of which ``multiplier``, ``threshold`` and ``gap`` then speak.
+            are the limit as these losses grow together; ``multiplier``, ``threshold`` and ``gap``
+            speak of a finite problem with these weights.
 
     Returns:
         The worst case. ``gap`` bounds the error of the value: weights are feasible to rounding, and
@@ -129,7 +129,7 @@ def worst_case(
     mass = probabilities.reshape(-1, num_atoms)
     size = Level(kind=level.kind, value=level.value.reshape(-1))
     if allow_infinite:
-        flat, size, is_infinite = marked_infinite(flat, mass, size)
+        flat, size, is_infinite = marked_infinite(flat, mass, size, divergence)
     with torch.no_grad():
         problem, scaling = scaled_problem(flat, mass, is_uniform=nominal is None)
         found = _solved(divergence, problem, size.detached().scaled(scaling))
