@@ -327,6 +327,47 @@ class TestAnyCosts:
         assert np.mean(shortfalls) < 0.02
         assert np.mean(gaps) < 0.1
 
+    @pytest.mark.parametrize("seed", range(6))
+    def test_costs_of_any_magnitude(self, best_value, seed):
+        rng = np.random.default_rng(seed)
+        scores = rng.uniform(size=(30, 12))
+        costs = 10 ** rng.uniform(-3, 3, 12)
+        bounds = {
+            "costs": costs,
+            "per_token": (0.0, costs.sum() / 3),
+            "per_batch": 4 * costs.sum(),
+            "per_expert": costs * rng.integers(2, 12, 12),
+        }
+        plan = solved(scores, bounds)
+        fractional = best_value(scores, **bounds, whole=False)
+        assert plan.upper_bound.item() <= fractional * (1 + 1e-6)
+        assert (plan.gap / plan.value).item() < 0.1
+
+    def test_a_token_moves_through_a_narrow_expert_in_one_go(self):
+        """Drawn at random: 58,000 moves, each as large as the narrowest expert, before."""
+        rng = np.random.default_rng(313634)
+        shape = (rng.integers(1, 60), rng.integers(1, 24))
+        draws = rng.normal(size=shape) * 10.0 ** rng.integers(-6, 6) + rng.normal()
+        assert rng.random() < 0.3
+        scores = np.round(draws)
+        assert rng.random() < 0.3
+        scores[rng.random(shape) < 0.2] = -np.inf
+        rng.random()
+        rng.integers(4)
+        rng.choice([1.0, 2.0, 4.0], shape[1])
+        rng.uniform(0.1, 3, shape[1])
+        costs = 10.0 ** rng.uniform(-3, 3, shape[1])
+        mean = costs.mean()
+        bounds = {
+            "costs": costs,
+            "per_token": (0.5 * mean, 2.5 * mean),
+            "per_batch": mean * shape[0],
+            "per_expert": 4 * costs,
+        }
+        plan = solved(scores, bounds)
+        assert (plan.mask.sum(dim=0) <= 4).all()
+        assert plan.upper_bound.item() >= plan.value.item()
+
     def test_bounds_that_only_one_set_meets(self):
         scores = np.random.default_rng(0).uniform(size=(5, 4)) + np.array([0, 0, 0, 99])
         bounds = {"costs": np.array([6.0, 10.0, 15.0, 29.0]), "per_token": (31.0, 31.0)}

@@ -14,10 +14,10 @@ class BudgetSelection:
     """Result of :func:`select`: which assignments run, and how good that is.
 
     All tensors are detached, on the device of the scores, and in float64 unless stated. Prices are
-    in units of score per unit of cost. With ``r_te = s_te - c_e (batch_price + token_price_t +
-    expert_price_e)``, an assignment with ``r_te > 0`` is kept and one with ``r_te < 0`` refused
-    wherever ``gap`` is 0 and the bounds are whole; elsewhere the prices are those of the
-    relaxation that gave ``upper_bound``.
+    in units of score per unit of cost. With equal costs they explain the plan: ``s_te - c
+    (batch_price + token_price_t + expert_price_e)`` is at least 0 where an assignment is kept and
+    at most 0 where it is refused, and a bound that is not reached has price 0 (bounds in whole
+    experts). With unequal costs they do so for the best fractional plan.
     """
 
     mask: Tensor

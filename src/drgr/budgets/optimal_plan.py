@@ -41,10 +41,12 @@ def select(scores: Tensor, budget: Budget) -> BudgetSelection:
 
     Returns:
         The plan with its prices and certificate. It is inside every upper bound. With equal costs
-        it is optimal, and equal scores are kept in the order of token, then expert. With unequal
-        costs ``gap`` bounds what it may fall short of the optimum; ties are broken the same way
-        each time. ``status`` says whether every token reaches its lower bound, which ``-inf`` or
-        the bounds of experts may prevent.
+        it is optimal, and equal scores are kept in the order of token, then expert (without
+        ``per_expert``). With unequal costs ``gap`` bounds what it may fall short of the optimum,
+        and ties are broken the same way each time; the bound is close where costs are of a few
+        sizes or multiples of one unit, and less so for other costs with ``low`` close to ``high``.
+        ``status`` says whether every token reaches its lower bound, which ``-inf`` or the bounds of
+        experts may prevent, or, rarely and with unequal costs only, the search may fail to do.
 
     Raises:
         TypeError: If ``scores`` is not a floating-point tensor.
@@ -99,7 +101,8 @@ def select(scores: Tensor, budget: Budget) -> BudgetSelection:
         return plan
     whole = _in_experts(_host_problem(work, budget), counts)
     _check_sums(whole, unit=counts.cost)
-    assignment = best_whole_assignment(whole, plan.mask.cpu().numpy())
+    price = plan.batch_price.item() * counts.cost
+    assignment = best_whole_assignment(whole, plan.mask.cpu().numpy(), price)
     return _certified(whole, assignment, work.device, unit=counts.cost)
 
 

@@ -29,15 +29,16 @@ from drgr.budgets.relaxation import (
 )
 
 
-def best_whole_assignment(problem: Problem, start: Mask) -> Solution:
+def best_whole_assignment(problem: Problem, start: Mask, price: float) -> Solution:
     """Returns the optimal plan where every cost is 1 and all bounds are whole numbers.
 
     Args:
         problem: Scores and bounds in experts.
         start: The optimal plan without bounds for the experts, shape ``(T, E)``.
+        price: Its batch price.
     """
     problem = within_reach(problem)
-    routing = _routed(problem, start.astype(np.float64))
+    routing = _routed(problem, start.astype(np.float64), price)
     mask = routing.amounts > 0.5
     low = np.minimum(problem.low, mask.sum(axis=1))
     bound = dual_bound(replace(problem, low=low), routing.batch_price, routing.expert_price)
@@ -47,7 +48,7 @@ def best_whole_assignment(problem: Problem, start: Mask) -> Solution:
 def best_assignment(problem: Problem) -> Solution:
     """Returns a plan for any costs that no single move improves, bounded by the relaxation."""
     problem = within_reach(problem)
-    routing = _routed(problem, fractional_plan(problem)[0])
+    routing = _routed(problem, *fractional_plan(problem))
     # Fractions are dropped; polishing spends what they leave.
     is_whole = routing.amounts >= problem.costs * (1 - problem.slack)
     plan = working_plan(problem, is_whole)
@@ -63,24 +64,24 @@ class _Routing(NamedTuple):
     expert_price: Array
 
 
-def _routed(problem: Problem, amounts: Array) -> _Routing:
+def _routed(problem: Problem, amounts: Array, price: float) -> _Routing:
     """Moves a plan that is optimal but for the bounds of experts inside those.
 
     Where tokens cannot reach their lower bounds they are short of them by the least total.
     """
-    network = _network(problem, amounts)
-    while (too_full := network.too_full()).any():
-        network.push(_cheapest_chain(network.loss, too_full, network.has_room(), network.rounding))
+    network = _network(problem, amounts, price)
+    while network.too_full().any():
+        network.push(_cheapest_chain(network))
     # What tokens are short of is no longer their bound; without the penalty prices are of scores.
     spare = np.maximum(network.spare, network.flow[-1])
     settled = replace(network, spare=spare, penalty=np.inf)
     settled.compare_all()
-    price = _column_prices(settled.loss, settled.has_room())
-    batch_price = -float(price[-1])
+    prices = _column_prices(settled.loss, settled.has_room())
+    batch_price = -float(prices[-1])
     return _Routing(
         amounts=settled.flow[:-1].T,
         batch_price=batch_price if batch_price > settled.rounding else 0.0,
-        expert_price=np.maximum(price[:-1], 0.0),
+        expert_price=np.maximum(prices[:-1], 0.0),
     )
 
 
@@ -113,6 +114,8 @@ class _Network:
     """Least loss of moving a unit of some token from one column to another, shape ``(N, N)``."""
     mover: Ids
     """The token that does so, shape ``(N, N)``."""
+    price: Array
+    """Price of each column, below 0 for nothing, at which no move gains, shape ``(N,)``."""
     penalty: float
     tiny: float
     """Flows below are rounding."""
@@ -137,7 +140,12 @@ class _Network:
 
     def push(self, chain: list[int]) -> None:
         """Moves as much as possible from the first column of a chain to its last."""
-        steps = [(self.mover[step], *step) for step in pairwise(chain)]
+        steps: list[tuple[int, int, int]] = []
+        for leaves, joins in pairwise(chain):
+            token = int(self.mover[leaves, joins])
+            # A token that passes through a column would move no more than fits in there.
+            passes = bool(steps) and steps[-1][0] == token
+            steps.append((token, steps.pop()[1] if passes else leaves, joins))
         amount = min(
             self.load[chain[0]] - self.bound[chain[0]],
             self.bound[chain[-1]] - self.load[chain[-1]],
@@ -207,8 +215,8 @@ class _Network:
         self.leaving[:, tokens], self.joining[:, tokens] = leaving, joining
 
 
-def _network(problem: Problem, amounts: Array) -> _Network:
-    """Returns the flow of a plan, given by the cost of each expert, shape ``(T, E)``."""
+def _network(problem: Problem, amounts: Array, price: float) -> _Network:
+    """Returns the flow of a plan, given by the cost of each expert, and its batch price."""
     num_columns = len(problem.costs) + 1
     density = np.where(problem.allowed, problem.scores, 0.0) / problem.costs
     nothing = problem.high - amounts.sum(axis=1)
@@ -225,6 +233,7 @@ def _network(problem: Problem, amounts: Array) -> _Network:
         joining=np.empty_like(flow),
         loss=np.empty((num_columns, num_columns)),
         mover=np.zeros((num_columns, num_columns), dtype=np.int64),
+        price=np.append(np.zeros(len(problem.costs)), -price),
         # More than any chain of exchanges can lose.
         penalty=4.0 * (num_columns + 1) * (scale or 1.0),
         tiny=ROUNDING * float(problem.high.max(initial=0.0)),
@@ -234,21 +243,29 @@ def _network(problem: Problem, amounts: Array) -> _Network:
     return network
 
 
-def _cheapest_chain(loss: Array, starts: Mask, ends: Mask, rounding: float) -> list[int]:
-    """Returns the columns of a shortest path from any of the starts to any of the ends."""
-    distance = np.where(starts, 0.0, np.inf)
-    origin = np.full(len(loss), -1)
-    for _ in range(len(loss)):
-        through = distance[:, None] + loss
+def _cheapest_chain(network: _Network) -> list[int]:
+    """Returns the columns of a cheapest chain from one that is too full to one with room.
+
+    Less the prices of the columns no move gains, so the distances are sums of numbers of at least
+    0 and, whatever the rounding, the chain has no cycle. The prices then grow to keep that true.
+    """
+    price, starts = network.price, network.too_full()
+    lengths = np.maximum(network.loss - price[:, None] + price, 0.0)
+    distance = np.where(starts, price - price[starts].min(), np.inf)
+    origin = np.full(len(price), -1)
+    for _ in price:
+        through = distance[:, None] + lengths
         best = through.min(axis=0)
-        is_shorter = best < distance - rounding
+        is_shorter = best < distance
         if not is_shorter.any():
             break
         origin[is_shorter] = through.argmin(axis=0)[is_shorter]
         distance[is_shorter] = best[is_shorter]
-    chain = [int(np.where(ends, distance, np.inf).argmin())]
+    left = np.where(network.has_room(), distance - price, np.inf)
+    chain = [int(left.argmin())]
     while origin[chain[-1]] >= 0:
         chain.append(int(origin[chain[-1]]))
+    price += np.maximum(left.min() - distance, 0.0)
     return chain[::-1]
 
 
