@@ -30,5 +30,5 @@ class CheckpointError(DrgrError):
     """A checkpoint is truncated, belongs to another configuration, or could not be written."""
 
 
-class NonFiniteLossError(DrgrError):
-    """Training produced a loss that is not a finite number."""
+class NonFiniteLossError(DrgrError, ValueError):
+    """A loss, or its gradient, is not a finite number."""

@@ -12,6 +12,7 @@ CORE = [
     "drgr.budgets",
     "drgr.budgets.flops",
     "drgr.ambiguity",
+    "drgr.bilevel",
     "drgr.routing",
     "drgr.collectives",
 ]
@@ -26,6 +27,7 @@ for name in CORE:
 import torch  # noqa: E402
 
 from drgr.ambiguity import KL, CVaR, JensenShannon, RobustLoss, worst_case  # noqa: E402
+from drgr.bilevel import hypergradient  # noqa: E402
 from drgr.budgets import Budget, TokenBudget, project, select, select_exactly  # noqa: E402
 
 selection = select_exactly(torch.rand(10, 4), TokenBudget(minimum=1, maximum=3, average=1.5))
@@ -33,6 +35,10 @@ assert int(selection.spend) == 15, selection
 assert worst_case(torch.tensor([1.0, 2.0]), divergence=KL(), radius=0.1).value > 1.5
 assert worst_case(torch.arange(1.0, 11.0), divergence=CVaR(0.25)).status.succeeded
 assert RobustLoss(JensenShannon(), penalty=1.0)(torch.rand(5)).isfinite()
+x = torch.ones(2)
+found = hypergradient(lambda _x, y: y.sum(), lambda x, y: (y - x).square().sum(), x, x)
+assert found.status.succeeded
+assert torch.allclose(found.grads, x)
 budget = Budget(torch.tensor([1.0, 2.0, 1.5, 1.0]), per_token=(1.0, 3.0), per_batch=20.0)
 assert project(torch.rand(10, 4), budget).spend <= 20.001
 assert select(torch.rand(10, 4), budget).spend <= 20

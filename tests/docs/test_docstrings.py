@@ -7,20 +7,27 @@ import pkgutil
 
 import pytest
 
-from drgr import ambiguity, budgets, numerics
+from drgr import ambiguity, bilevel, budgets, numerics
 
-PACKAGES = (numerics, budgets, ambiguity)
+PACKAGES = (numerics, budgets, ambiguity, bilevel)
 
 # Returned by a function that has an example, or what others implement: nothing to call.
 RECORDS = {
     "BudgetProjection",
     "BudgetSelection",
     "Divergence",
+    "HvpMode",
+    "Hypergradient",
+    "LinearSolution",
+    "LinearSolver",
+    "LinearSystem",
     "Problem",
     "Root",
     "SaddlePoint",
+    "SecondDerivatives",
     "Selection",
     "SmoothDivergence",
+    "SolveStatus",
     "Status",
     "WorstCase",
 }

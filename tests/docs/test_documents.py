@@ -67,6 +67,8 @@ def test_the_loop_of_the_readme_runs(build_family):
 def test_the_numerics_of_the_readme_run():
     names = {}
     exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    exec(compile(blocks("python")[2], "README.md", "exec"), names)
+    assert names["found"].status.succeeded
     assert names["worst"].status.succeeded
     assert names["losses"].grad.equal(names["worst"].weights)
     assert names["soft"].spend <= 600 * (1 + 1e-6)

@@ -1,0 +1,289 @@
+r"""The gradient of an outer loss at the solution of an inner problem."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from drgr._checks import check_not_negative
+from drgr.bilevel.conjugate_gradients import CG
+from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
+from drgr.bilevel.products import HvpMode, Loss, gradients, leaf, second_derivatives
+from drgr.bilevel.status import SolveStatus
+from drgr.bilevel.structures import Layout, Parameters, check_same_structure, layout_of
+from drgr.collectives import sum_over_processes, world_size
+from drgr.errors import NonFiniteLossError
+
+# A result counts as converged if its estimated error is within this many tolerances.
+_FACTOR = 10.0
+
+ParameterLoss = Callable[[Any, Any], Tensor]
+"""A scalar of the outer and the inner parameters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hypergradient:
+    """Result of :func:`hypergradient`; everything is detached."""
+
+    grads: Parameters
+    """Gradient in the outer parameters, of their structure, shapes and dtypes."""
+    outer_loss: Tensor
+    """Value of the outer loss, shape ``()``."""
+    auxiliary: Parameters
+    """``z``, of the structure of the inner parameters: the start of the next solve."""
+    residual: float
+    """``|(H + damping) z - grad_y F| / |grad_y F|``, from a product with ``z`` itself."""
+    error_estimate: float
+    """Estimated relative error of ``z``: the residual over the smallest curvature met.
+
+    The least eigenvalue may be smaller than what the solver met, so it is no bound. ``inf`` where
+    the curvature is not positive.
+    """
+    damping_bias: float
+    """Estimated relative distance to ``z`` without damping: ``damping / curvature``."""
+    inner_gradient: float
+    """``|grad_y g|``: 0 where the inner problem is solved, which the formula assumes."""
+    num_hvps: int
+    """Products with the Hessian, the last one, which also gives ``J z``, included."""
+    curvature: float
+    """Smallest ``p'Hp / p'p`` met, without damping."""
+    status: SolveStatus
+
+
+def hypergradient(
+    outer_loss: ParameterLoss,
+    inner_loss: ParameterLoss,
+    outer_params: Parameters,
+    inner_params: Parameters,
+    *,
+    solver: LinearSolver | None = None,
+    damping: float = 0.0,
+    hvp: HvpMode = "double-backward",
+    retain_graph: bool = True,
+    start: Parameters | None = None,
+    average_over_processes: bool = False,
+    group: ProcessGroup | None = None,
+) -> Hypergradient:
+    r"""Differentiates ``F(x, y*(x))`` through ``y*(x) = argmin_y g(x, y)`` without its trajectory.
+
+    By the implicit function theorem, with ``H = d2g/dy2`` and ``J = d2g/dxdy`` at the given point,
+
+    .. math::
+        z = (H + \delta I)^{-1} \nabla_y F, \qquad \nabla_x F(x, y^*(x)) = \nabla_x F - J z .
+
+    The formula is exact at a minimum of ``g`` with positive curvature; near one its error is
+    proportional to ``inner_gradient``. A trained network is neither: damping makes the problem
+    local, at the bias that ``damping_bias`` estimates, and ``status`` says where curvature was
+    missing.
+
+    Args:
+        outer_loss: ``F(outer_params, inner_params)``, a scalar; for modules call
+            ``torch.func.functional_call(module, inner_params, ...)`` inside.
+        inner_loss: ``g(outer_params, inner_params)``, a scalar, the same function of its arguments
+            on every call: fix batches and random numbers.
+        outer_params: ``x``, a tensor or a dict, list or tuple (of dicts, ...) of tensors.
+        inner_params: ``y``, likewise; neither is changed, and their ``.grad`` is left alone.
+        solver: :class:`CG` (default), :class:`Neumann`, :class:`Exact`, :class:`Identity`,
+            :class:`RandomSubspace`, or any :class:`LinearSolver`.
+        damping: ``delta >= 0``, added to the Hessian.
+        hvp: How to take Hessian-vector products: see :func:`second_derivatives`.
+        retain_graph: Whether double backward keeps its graph between products, or runs the loss
+            again for each: slower, with less memory.
+        start: ``auxiliary`` of an earlier solve; None starts at 0.
+        average_over_processes: Whether each process holds the loss on its own batch, and the
+            losses meant are the means over processes. Parameters and ``start`` must be equal on
+            all of them. Costs one all-reduce per product.
+        group: The processes; None is all.
+
+    Returns:
+        The hypergradient and what is known of its error.
+
+    Raises:
+        TypeError: If a loss is no floating-point tensor, or parameters are not nested tensors.
+        ValueError: If a loss is not a scalar, if the inner loss does not depend on the inner
+            parameters, or nothing on the outer ones, or an argument is out of range.
+        NonFiniteLossError: If a loss or a gradient is not finite.
+
+    Numerics:
+        In the widest dtype of each structure, float32 for half types.
+
+    Complexity:
+        Two gradients and ``num_hvps`` products, each about two gradients of the inner loss.
+
+    References:
+        Pedregosa, *Hyperparameter optimization with approximate gradient*, ICML 2016. Grazzi,
+        Franceschi, Pontil, Salzo, *On the Iteration Complexity of Hypergradient Computation*, ICML
+        2020.
+
+    Examples:
+        >>> import torch
+        >>> from drgr.bilevel import hypergradient
+        >>> def inner_loss(x, y): return 0.5 * (y - x.exp()).square().sum()
+        >>> def outer_loss(x, y): return y.sum()
+        >>> x = torch.tensor([0.0, 1.0])
+        >>> hypergradient(outer_loss, inner_loss, x, x.exp()).grads
+        tensor([1.0000, 2.7183])
+    """
+    check_not_negative("damping", damping)
+    outer, inner = layout_of("outer_params", outer_params), layout_of("inner_params", inner_params)
+    point = _Point(outer, inner, outer.vector(outer_params), inner.vector(inner_params))
+    mean = _Mean(group if average_over_processes else None, average_over_processes)
+    outer_value, by_outer, by_inner = _first_order("outer", point.loss(outer_loss), point)
+    _, inner_by_outer, slope = _first_order("inner", point.loss(inner_loss), point)
+    if slope is None:
+        raise ValueError(
+            "inner_loss does not depend on inner_params; use the tensors passed to it, not others"
+        )
+    if by_outer is None and inner_by_outer is None:
+        raise ValueError(
+            "neither loss depends on outer_params; use the tensors passed to them, not others"
+        )
+    rhs = mean(torch.zeros_like(point.inner) if by_inner is None else by_inner)
+    direct = mean(torch.zeros_like(point.outer) if by_outer is None else by_outer)
+    products = second_derivatives(
+        hvp, point.loss(inner_loss), point.outer, point.inner, retain_graph=retain_graph
+    )
+    system = LinearSystem(apply=lambda v: mean(products.hessian(v)) + damping * v, rhs=rhs)
+    solver = solver or CG()
+    found = _solved(solver, system, _start(start, inner))
+    hessian, cross = (mean(product) for product in products.hessian_and_cross(found.point))
+    quality = _quality(found, hessian + damping * found.point, system, solver)
+    return Hypergradient(
+        grads=outer.structure((direct - cross).detach()),
+        outer_loss=mean(outer_value),
+        auxiliary=inner.structure(found.point.detach()),
+        residual=quality.residual,
+        error_estimate=quality.error,
+        damping_bias=_ratio(damping, quality.curvature - damping),
+        inner_gradient=mean(slope).norm().item(),
+        num_hvps=found.num_products + 1,
+        curvature=quality.curvature - damping,
+        status=quality.status,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    outer_layout: Layout
+    inner_layout: Layout
+    outer: Tensor
+    inner: Tensor
+
+    def loss(self, of_parameters: ParameterLoss) -> Loss:
+        """Returns a loss of parameters as one of vectors."""
+        return lambda outer, inner: of_parameters(
+            self.outer_layout.structure(outer), self.inner_layout.structure(inner)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mean:
+    """The mean over processes, or the tensor of this one."""
+
+    group: ProcessGroup | None
+    is_on: bool
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if not self.is_on:
+            return tensor.detach()
+        return sum_over_processes(tensor, self.group) / world_size(self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class _Quality:
+    residual: float
+    error: float
+    curvature: float
+    status: SolveStatus
+
+
+def _first_order(
+    name: str, loss: Loss, point: _Point
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Returns a checked loss and its gradients."""
+    outer, inner = leaf(point.outer), leaf(point.inner)
+    value, by_outer, by_inner = gradients(_checked(name, loss), outer, inner)
+    for variable, gradient in (("outer_params", by_outer), ("inner_params", by_inner)):
+        if gradient is not None and not bool(gradient.isfinite().all()):
+            raise NonFiniteLossError(
+                f"the gradient of {name}_loss in {variable} is not finite; look for a root, "
+                "logarithm or division at 0"
+            )
+    return value.detach(), by_outer, by_inner
+
+
+def _checked(name: str, loss: Loss) -> Loss:
+    """Returns a loss that raises unless it is one finite number."""
+
+    def checked(outer: Tensor, inner: Tensor) -> Tensor:
+        value = loss(outer, inner)
+        if not (isinstance(value, Tensor) and value.is_floating_point()):
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}_loss must return a floating-point tensor, got {kind}")
+        if value.dim() != 0:
+            raise ValueError(
+                f"{name}_loss must return a scalar, got shape {tuple(value.shape)}; "
+                "take its mean or sum"
+            )
+        if not bool(value.isfinite()):
+            raise NonFiniteLossError(f"{name}_loss must be finite, got {value.item()}")
+        return value
+
+    return checked
+
+
+def _start(start: Parameters | None, layout: Layout) -> Tensor | None:
+    if start is None:
+        return None
+    check_same_structure("start", start, layout)
+    return layout.vector(start)
+
+
+def _solved(solver: LinearSolver, system: LinearSystem, start: Tensor | None) -> LinearSolution:
+    if not bool(system.rhs.any()):
+        return LinearSolution(
+            point=torch.zeros_like(system.rhs),
+            status=SolveStatus.CONVERGED,
+            curvature=math.inf,
+            num_products=0,
+        )
+    with torch.no_grad():
+        return solver.solve(system, start)
+
+
+def _quality(
+    found: LinearSolution, image: Tensor, system: LinearSystem, solver: LinearSolver
+) -> _Quality:
+    """Judges a solution by its own product ``A z``."""
+    size, length = system.rhs.norm().item(), found.point.norm().item()
+    residual = _ratio((system.rhs - image).norm().item(), size) if size > 0 else 0.0
+    curvature = found.curvature
+    if length > 0:
+        curvature = min(curvature, torch.dot(found.point, image).item() / length**2)
+    error = _ratio(residual * size, curvature * length) if residual > 0 else 0.0
+    status = _judged(found.status, residual, error, solver.rtol)
+    return _Quality(residual=residual, error=error, curvature=curvature, status=status)
+
+
+def _judged(status: SolveStatus, residual: float, error: float, rtol: float) -> SolveStatus:
+    """Returns what a solver's verdict is worth by the residual of its result."""
+    if not math.isfinite(residual):
+        return SolveStatus.NON_FINITE
+    if status is SolveStatus.APPROXIMATE and residual <= rtol and error <= _FACTOR * rtol:
+        return SolveStatus.CONVERGED
+    if status is SolveStatus.CONVERGED and error > _FACTOR * rtol:
+        return SolveStatus.APPROXIMATE
+    if status is SolveStatus.CONVERGED and residual > 2 * rtol:
+        return SolveStatus.INACCURATE
+    return status
+
+
+def _ratio(top: float, bottom: float) -> float:
+    """Returns a ratio of numbers of at least 0, ``inf`` where the bottom is not positive."""
+    if top == 0:
+        return 0.0
+    return top / bottom if bottom > 0 else math.inf
