@@ -13,6 +13,7 @@ PACKAGES = (numerics, budgets, ambiguity, bilevel)
 
 # Returned by a function that has an example, or what others implement: nothing to call.
 RECORDS = {
+    "BilevelSolution",
     "BudgetProjection",
     "BudgetSelection",
     "Divergence",
@@ -28,6 +29,7 @@ RECORDS = {
     "Selection",
     "SmoothDivergence",
     "SolveStatus",
+    "StopReason",
     "Status",
     "WorstCase",
 }

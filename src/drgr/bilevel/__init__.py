@@ -2,8 +2,8 @@
 
 Reading order: ``structures`` (nested parameters as vectors), ``products`` (Hessian-vector products
 in three ways), ``linear_system`` with its ``status``, the solvers ``conjugate_gradients``
-(preconditioned by ``diagonals``), ``neumann`` and ``direct_solvers``, then ``hypergradient`` (the
-entry point).
+(preconditioned by ``diagonals``), ``neumann`` and ``direct_solvers``, ``hypergradient`` (the entry
+point), and ``proximal_alternating``, the method that uses it.
 """
 
 from drgr.bilevel.conjugate_gradients import CG
@@ -13,10 +13,12 @@ from drgr.bilevel.hypergradient import Hypergradient, hypergradient
 from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
 from drgr.bilevel.neumann import Neumann
 from drgr.bilevel.products import HvpMode, SecondDerivatives, second_derivatives
+from drgr.bilevel.proximal_alternating import BilevelSolution, ProximalAlternating, StopReason
 from drgr.bilevel.status import SolveStatus
 
 __all__ = [
     "CG",
+    "BilevelSolution",
     "Exact",
     "HvpMode",
     "Hypergradient",
@@ -25,9 +27,11 @@ __all__ = [
     "LinearSolver",
     "LinearSystem",
     "Neumann",
+    "ProximalAlternating",
     "RandomSubspace",
     "SecondDerivatives",
     "SolveStatus",
+    "StopReason",
     "adam_diagonal",
     "hutchinson_diagonal",
     "hypergradient",

@@ -33,10 +33,17 @@ class Hypergradient:
     """Gradient in the outer parameters, of their structure, shapes and dtypes."""
     outer_loss: Tensor
     """Value of the outer loss, shape ``()``."""
+    corrected_loss: Tensor
+    """``F - z' grad_y g``, shape ``()``: an estimate of ``F(x, y*(x))``.
+
+    Its error is of second order in those of ``y`` and ``z``; that of ``outer_loss`` is of first.
+    """
     auxiliary: Parameters
     """``z``, of the structure of the inner parameters: the start of the next solve."""
     residual: float
     """``|(H + damping) z - grad_y F| / |grad_y F|``, from a product with ``z`` itself."""
+    residual_norm: float
+    """``|(H + damping) z - grad_y F|``."""
     error_estimate: float
     """Estimated relative error of ``z``: the residual over the smallest curvature met.
 
@@ -47,11 +54,24 @@ class Hypergradient:
     """Estimated relative distance to ``z`` without damping: ``damping / curvature``."""
     inner_gradient: float
     """``|grad_y g|``: 0 where the inner problem is solved, which the formula assumes."""
+    outer_gradient: float
+    """``|grad_y F|``."""
     num_hvps: int
     """Products with the Hessian, the last one, which also gives ``J z``, included."""
     curvature: float
     """Smallest ``p'Hp / p'p`` met, without damping."""
     status: SolveStatus
+
+    def merit(self, weight: float) -> float:
+        """Returns ``F - z' grad_y g + weight / 2 (|grad_y g|^2 + |(H + damping) z - grad_y F|^2)``.
+
+        With exact ``y`` and ``z`` this is ``F(x, y*(x))``. With ``mu`` the least curvature of the
+        inner loss and ``L`` the largest of the outer one in ``y``, it is nowhere below that for
+        quadratic losses and ``weight >= 1 / mu + L / mu^2``, and locally so for others: its
+        decrease then proves progress without exact solutions.
+        """
+        gaps = self.inner_gradient**2 + self.residual_norm**2
+        return self.corrected_loss.item() + weight / 2 * gaps
 
 
 def hypergradient(
@@ -155,11 +175,14 @@ def hypergradient(
     return Hypergradient(
         grads=outer.structure((direct - cross).detach()),
         outer_loss=mean(outer_value),
+        corrected_loss=mean(outer_value) - torch.dot(found.point, mean(slope)),
         auxiliary=inner.structure(found.point.detach()),
         residual=quality.residual,
+        residual_norm=(rhs - hessian - damping * found.point).norm().item(),
         error_estimate=quality.error,
         damping_bias=_ratio(damping, quality.curvature - damping),
         inner_gradient=mean(slope).norm().item(),
+        outer_gradient=rhs.norm().item(),
         num_hvps=found.num_products + 1,
         curvature=quality.curvature - damping,
         status=quality.status,

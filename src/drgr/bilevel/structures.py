@@ -33,7 +33,7 @@ class Layout:
         shaped = (
             part.view(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)
         )
-        return _rebuilt(self.like, iter(shaped))
+        return rebuilt(self.like, iter(shaped))
 
 
 def layout_of(name: str, params: Parameters) -> Layout:
@@ -86,12 +86,13 @@ def check_same_structure(name: str, params: Parameters, layout: Layout) -> None:
         raise ValueError(f"{name} must have the structure {want}, got {have}")
 
 
-def _rebuilt(like: Parameters, leaves: Iterator[Tensor]) -> Parameters:
+def rebuilt(like: Parameters, leaves: Iterator[Tensor]) -> Parameters:
+    """Returns a structure of the same kind with other tensors."""
     if isinstance(like, Tensor):
         return next(leaves)
     if isinstance(like, Mapping):
-        return {key: _rebuilt(value, leaves) for key, value in like.items()}
-    items = [_rebuilt(value, leaves) for value in like]
+        return {key: rebuilt(value, leaves) for key, value in like.items()}
+    items = [rebuilt(value, leaves) for value in like]
     if isinstance(like, list):
         return items
     return type(like)(*items) if hasattr(like, "_fields") else tuple(items)
