@@ -76,6 +76,17 @@ def test_overhead(result_of):
     assert result["ratio_to_unattached"]["unattached"]["median"] == 1
 
 
+def test_hypergradient(run_script):
+    result = run_script(
+        "benchmarks.hypergradient.run",
+        *("--dimension", "20", "--inner", "6", "--outer", "3", "--rounds", "1", "--max-steps", "5"),
+    )
+    assert len(result["exactness"]) == 2 * 4 * 4 * 2
+    assert len(result["robustness"]) == 9
+    exactness, *_ = result["claims"].values()
+    assert exactness
+
+
 def test_a_result_from_changed_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import provenance

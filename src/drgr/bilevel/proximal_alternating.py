@@ -191,7 +191,10 @@ class ProximalAlternating:
                 status = StopReason.STALLED
                 break
             accuracy = accuracy.tightened()
-            state = self._evaluated(problem, state.outer, state, accuracy, goal)
+            # No residual may grow here, or the merit could.
+            rtol = max(min(accuracy.rtol, state.found.residual), _LEAST_RTOL)
+            sharp = replace(accuracy, rtol=rtol)
+            state = self._evaluated(problem, state.outer, state, sharp, goal)
             merits.append(state.merit)
         return BilevelSolution(
             outer_params=problem.outer.structure(state.outer),
