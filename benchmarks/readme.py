@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "benchmarks/quickstart/result.json"
 OVERHEAD = "benchmarks/overhead/result.json"
 WORST_CASE = "benchmarks/worst_case/result.json"
+HYPERGRADIENT = "benchmarks/hypergradient/result.json"
 BUDGETS = "benchmarks/budgets/result.json"
 START = "<!-- results: written by benchmarks/readme.py -->\n"
 END = "<!-- end of results -->\n"
@@ -38,6 +39,7 @@ def section() -> str:
         overhead_lines(overhead),
         worst_case_lines(worst_case),
         budget_lines(budgets),
+        hypergradient_lines(json.loads((ROOT / HYPERGRADIENT).read_text())),
     ]
     return "\n".join(line for part in parts for line in [*part, ""])
 
@@ -112,6 +114,39 @@ def worst_case_lines(result: dict[str, Any]) -> list[str]:
             f"{row['relative_gap']:.0e} | {result['batched'][name]['ratio']:,.0f}x |"
         )
     return lines
+
+
+def hypergradient_lines(result: dict[str, Any]) -> list[str]:
+    """Describes how right hypergradients are, and the step sizes of the method that uses them."""
+    honest, *_ = result["claims"].values()
+    lines = [
+        f"Hypergradients of ridge regressions with {result['dimension']} penalties, float64, "
+        "conjugate gradients, against a dense solve; of all results in both precisions and of all "
+        f"solvers, {'none' if honest else 'some'} that counts as converged is off by more than 10 "
+        "times its tolerance "
+        f"([result.json]({HYPERGRADIENT}), `python -m benchmarks.hypergradient.run`):",
+        "",
+        "| condition number | tolerance | relative error | products | time |",
+        "| --: | --: | --: | --: | --: |",
+    ]
+    shown = [
+        row for row in result["exactness"] if row["solver"] == "CG" and row["dtype"] == "float64"
+    ]
+    lines += [
+        f"| {row['condition']:,.0f} | {row['rtol']:.0e} | {row['error']:.0e} | "
+        f"{row['num_hvps']:,} | {1e3 * row['seconds']['median']:.0f} ms |"
+        for row in shown
+    ]
+    sizes = [row["step_size"] for row in result["robustness"]]
+    failed = [row["step_size"] for row in result["robustness"] if row["plain_value"] is None]
+    reached = result["claims"]["every first step size reaches the same value"]
+    return [
+        *lines,
+        "",
+        f"Proximal alternating minimisation from first step sizes {min(sizes):g} to {max(sizes):g} "
+        f"{'reaches' if reached else 'does not reach'} one and the same value; the plain single "
+        f"loop, with as many Hessian products, diverges from {min(failed):g} on.",
+    ]
 
 
 def budget_lines(result: dict[str, Any]) -> list[str]:
