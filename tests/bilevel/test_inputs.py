@@ -124,6 +124,11 @@ def test_solver_arguments_out_of_range(bad):
             make()
 
 
+def test_a_preconditioner_of_another_shape():
+    with pytest.raises(ValueError, match=r"preconditioner must have shape \(3,\), got \(1,\)"):
+        solve(outer=lambda _x, y: y.sum(), solver=CG(preconditioner=torch.ones(1)))
+
+
 def test_a_system_too_large_to_build():
     with pytest.raises(ValueError, match="more than max_dimension=2; take CG"):
         solve(solver=Exact(max_dimension=2))

@@ -8,7 +8,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from drgr._checks import check_positive
+from drgr._checks import check_positive, check_shape
 from drgr.bilevel.linear_system import LinearSolution, LinearSystem, dot, first_residual
 from drgr.bilevel.status import SolveStatus
 
@@ -68,6 +68,8 @@ class CG:
 
     def solve(self, system: LinearSystem, start: Tensor | None) -> LinearSolution:
         """Solves a system of positive curvature."""
+        if isinstance(self.preconditioner, Tensor):
+            check_shape("preconditioner", self.preconditioner, system.rhs.shape)
         point, residual, used = first_residual(system, start)
         limit = self.max_steps or _STEPS_PER_DIMENSION * len(point)
         curvature, gained, size = math.inf, math.inf, dot(system.rhs, system.rhs)

@@ -162,6 +162,7 @@ def hypergradient(
         raise ValueError(
             "neither loss depends on outer_params; use the tensors passed to them, not others"
         )
+    slope, outer_value = mean(slope), mean(outer_value)
     rhs = mean(torch.zeros_like(point.inner) if by_inner is None else by_inner)
     direct = mean(torch.zeros_like(point.outer) if by_outer is None else by_outer)
     products = second_derivatives(
@@ -174,14 +175,14 @@ def hypergradient(
     quality = _quality(found, hessian + damping * found.point, system, solver)
     return Hypergradient(
         grads=outer.structure((direct - cross).detach()),
-        outer_loss=mean(outer_value),
-        corrected_loss=mean(outer_value) - torch.dot(found.point, mean(slope)),
+        outer_loss=outer_value,
+        corrected_loss=outer_value - torch.dot(found.point, slope),
         auxiliary=inner.structure(found.point.detach()),
         residual=quality.residual,
-        residual_norm=(rhs - hessian - damping * found.point).norm().item(),
+        residual_norm=quality.residual_norm,
         error_estimate=quality.error,
         damping_bias=_ratio(damping, quality.curvature - damping),
-        inner_gradient=mean(slope).norm().item(),
+        inner_gradient=slope.norm().item(),
         outer_gradient=rhs.norm().item(),
         num_hvps=found.num_products + 1,
         curvature=quality.curvature - damping,
@@ -219,6 +220,7 @@ class _Mean:
 @dataclass(frozen=True, slots=True)
 class _Quality:
     residual: float
+    residual_norm: float
     error: float
     curvature: float
     status: SolveStatus
@@ -283,13 +285,16 @@ def _quality(
 ) -> _Quality:
     """Judges a solution by its own product ``A z``."""
     size, length = system.rhs.norm().item(), found.point.norm().item()
-    residual = _ratio((system.rhs - image).norm().item(), size) if size > 0 else 0.0
+    left = (system.rhs - image).norm().item()
+    residual = _ratio(left, size)
     curvature = found.curvature
     if length > 0:
         curvature = min(curvature, torch.dot(found.point, image).item() / length**2)
-    error = _ratio(residual * size, curvature * length) if residual > 0 else 0.0
+    error = _ratio(left, curvature * length)
     status = _judged(found.status, residual, error, solver.rtol)
-    return _Quality(residual=residual, error=error, curvature=curvature, status=status)
+    return _Quality(
+        residual=residual, residual_norm=left, error=error, curvature=curvature, status=status
+    )
 
 
 def _judged(status: SolveStatus, residual: float, error: float, rtol: float) -> SolveStatus:

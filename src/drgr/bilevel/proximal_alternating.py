@@ -29,6 +29,8 @@ from drgr.errors import NonFiniteLossError
 ProximalMap = Callable[[Parameters, float], Parameters]
 """``(x, step) -> argmin_u Omega(u) + |u - x|^2 / (2 step)``; a projection ignores ``step``."""
 
+# Share of the first-order decrease that a step must achieve, and of that what the linear
+# residual may hide.
 _SIGMA = 0.1
 _HIDDEN = 0.25
 _SHRINK, _GROW = 0.5, 1.5
@@ -68,10 +70,14 @@ class BilevelSolution:
     merits: list[float]
     """Merit at the start, after every kept step, and after every change of accuracy.
 
-    A kept step lowers it; a change of accuracy too, if ``merit_weight`` is large enough.
+    A kept step never raises it by more than rounding; a change of accuracy might where
+    ``merit_weight`` is small.
     """
     stationarity: float
-    """``|x - prox(x - alpha h)| / alpha`` at the result: 0 at a stationary point."""
+    """``|x - prox(x - alpha h)| / alpha`` when last computed: 0 at a stationary point.
+
+    That is at the result unless the steps ran out; then it is one step before.
+    """
     step_size: float
     """``alpha`` at the end."""
     last: Hypergradient
@@ -93,7 +99,7 @@ class ProximalAlternating:
         inner_optimizer: Makes a ``torch.optim`` optimizer of a list of tensors, for instance
             ``lambda params: torch.optim.SGD(params, lr=0.1)``; made anew for each run of steps.
         inner_steps: Its steps after each change of ``x``; doubled where accuracy is lacking.
-        step_size: First ``alpha``; any positive number will do.
+        step_size: First ``alpha``; it is shrunk or grown to what the merit allows.
         merit_weight: Weight of the two residuals in the merit (:meth:`Hypergradient.merit`).
         prox: Proximal map of ``Omega``, or a projection; None is none.
         penalty: ``Omega`` itself, 0 where ``prox`` is a projection.
