@@ -22,8 +22,9 @@ from torch import Tensor
 from drgr._checks import check_not_negative, check_positive
 from drgr.bilevel.conjugate_gradients import CG
 from drgr.bilevel.hypergradient import Hypergradient, ParameterLoss, hypergradient
+from drgr.bilevel.inner_level import InnerOptimizer, inner_solution
 from drgr.bilevel.products import HvpMode
-from drgr.bilevel.structures import Layout, Parameters, layout_of, named_leaves, rebuilt
+from drgr.bilevel.structures import Layout, Parameters, layout_of
 from drgr.errors import NonFiniteLossError
 
 ProximalMap = Callable[[Parameters, float], Parameters]
@@ -130,7 +131,7 @@ class ProximalAlternating:
         (1.5, 'converged')
     """
 
-    inner_optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    inner_optimizer: InnerOptimizer
     inner_steps: int = 10
     step_size: float = 1.0
     merit_weight: float = 10.0
@@ -286,7 +287,16 @@ class ProximalAlternating:
         """Solves the inner problem and the linear system as accurately as asked, from a start."""
         params = problem.outer.structure(outer)
         warm = start if isinstance(start, _State) else None
-        inner = self._trained(problem, params, warm.inner if warm else start, accuracy, goal)
+        trained = inner_solution(
+            problem.inner_loss,
+            params,
+            warm.inner if warm else start,
+            self.inner_optimizer,
+            max_steps=accuracy.inner_steps,
+            tolerance=_ENOUGH * goal.tolerance,
+        )
+        inner = trained.params
+        goal.num_inner_steps += trained.num_steps
         found = hypergradient(
             problem.outer_loss,
             problem.inner_loss,
@@ -303,58 +313,9 @@ class ProximalAlternating:
         rounding = _ROUNDINGS * torch.finfo(outer.dtype).eps * (abs(merit) + abs(omega))
         return _State(outer, inner, found, merit, rounding)
 
-    def _trained(
-        self,
-        problem: "_Losses",
-        outer: Parameters,
-        inner: Parameters,
-        accuracy: "_Accuracy",
-        goal: "_Goal",
-    ) -> Parameters:
-        """Returns the inner parameters after some steps of a new optimizer."""
-        layout = layout_of("inner_params", inner)
-        trained = _leaves_apart(layout, inner)
-        leaves = [tensor for _, tensor in named_leaves(trained)]
-        optimizer = self.inner_optimizer(leaves)
-        slope = math.inf
-
-        def closure() -> float:
-            nonlocal slope
-            with torch.enable_grad():
-                loss = problem.inner_loss(outer, trained)
-            gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            for tensor, gradient in zip(leaves, gradients, strict=True):
-                tensor.grad = gradient
-            slope = torch.linalg.vector_norm(
-                torch.stack([gradient.norm() for gradient in gradients])
-            ).item()
-            return loss.item()
-
-        for _ in range(accuracy.inner_steps):
-            optimizer.step(closure)
-            goal.num_inner_steps += 1
-            if slope <= _ENOUGH * goal.tolerance:
-                break
-        if not all(bool(tensor.isfinite().all()) for tensor in leaves):
-            raise NonFiniteLossError(
-                "inner_params are no longer finite after the steps of inner_optimizer; "
-                "lower its learning rate"
-            )
-        return layout.structure(layout.vector(trained))
-
 
 def _is_accurate(found: Hypergradient, tolerance: float) -> bool:
     return max(found.inner_gradient, found.residual_norm) <= tolerance
-
-
-def _leaves_apart(layout: Layout, params: Parameters) -> Parameters:
-    """Returns copies of nested parameters that an optimizer may change."""
-    vector = layout.vector(params)
-    structure = layout.structure(vector)
-    return rebuilt(
-        structure,
-        (tensor.detach().clone().requires_grad_() for _, tensor in named_leaves(structure)),
-    )
 
 
 @dataclass(frozen=True, slots=True)
