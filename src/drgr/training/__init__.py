@@ -1,8 +1,8 @@
 """Training: the loop that joins data, model, routing and the adversary.
 
-Reading order: ``config`` (all settings), ``setup`` (settings to objects), ``step`` (one optimizer
-step), ``adversary`` and ``held_out`` (domain weights), ``loop`` (everything over time),
-``checkpoint``.
+Reading order: ``config`` and ``routing_config`` (all settings), ``setup`` (settings to objects),
+``step`` (one optimizer step), ``adversary`` and ``held_out`` (domain weights), ``loop`` (everything
+over time), ``checkpoint``.
 """
 
 from drgr.training.config import (

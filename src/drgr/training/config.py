@@ -12,16 +12,41 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from drgr.errors import ConfigError
+from drgr.training.routing_config import (
+    STRICT,
+    BudgetConfig,
+    ControllerConfig,
+    Count,
+    NoControllerConfig,
+    NotNegative,
+    Positive,
+    QuantileConfig,
+    RoutingConfig,
+    Share,
+    SignBiasConfig,
+)
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
-
-_STRICT = ConfigDict(frozen=True, extra="forbid")
+__all__ = [
+    "BudgetConfig",
+    "ControllerConfig",
+    "DataConfig",
+    "NoControllerConfig",
+    "PretrainedModelConfig",
+    "QuantileConfig",
+    "RobustnessConfig",
+    "RoutingConfig",
+    "RunConfig",
+    "SignBiasConfig",
+    "TinyModelConfig",
+    "TrainingConfig",
+    "known_keys",
+    "override",
+    "parse_config",
+    "read_config",
+]
 
 # Settings that change what is written and shown, never what is computed: a run may be resumed with
 # other values of them.
@@ -31,7 +56,7 @@ _PRESENTATION = ("log_every", "checkpoint_every", "keep")
 class DataConfig(BaseModel):
     """What is read and what is drawn."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     corpus: str = "drgr-8"
     """A built-in corpus, or the path of a domain file."""
@@ -50,7 +75,7 @@ class DataConfig(BaseModel):
 class TinyModelConfig(BaseModel):
     """A small random model."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     kind: Literal["tiny-olmoe", "tiny-qwen3-moe"] = "tiny-olmoe"
     hidden_size: Count = 192
@@ -63,96 +88,17 @@ class TinyModelConfig(BaseModel):
 class PretrainedModelConfig(BaseModel):
     """A checkpoint that transformers can load."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     kind: Literal["pretrained"]
     path: str
     """A local directory, or a hub name where there is a network."""
 
 
-class BudgetConfig(BaseModel):
-    """Bounds on each layer's compute, see :class:`drgr.budgets.TokenBudget`."""
-
-    model_config = _STRICT
-
-    unit: Literal["experts", "flops"] = "experts"
-    """Experts per token, or forward FLOPs of a layer's experts per token."""
-    minimum: NotNegative = 1
-    maximum: Positive = 4
-    average: Positive = 2
-
-    @model_validator(mode="after")
-    def _check_order(self) -> "BudgetConfig":
-        if self.minimum > self.maximum:
-            raise ValueError(
-                f"minimum must be at most maximum, got {self.minimum:g} and {self.maximum:g}; "
-                f"lower the minimum or raise the maximum"
-            )
-        if self.average < self.minimum:
-            raise ValueError(
-                f"average must be at least minimum, got {self.average:g} and {self.minimum:g}; "
-                f"every token costs the minimum already"
-            )
-        if self.average > self.maximum:
-            raise ValueError(
-                f"average must be at most maximum, got {self.average:g} and {self.maximum:g}; "
-                f"tokens cannot use the rest"
-            )
-        if self.unit == "experts" and (self.minimum % 1 or self.maximum % 1):
-            raise ValueError(
-                f"minimum and maximum must be whole numbers of experts, got {self.minimum:g} and "
-                f"{self.maximum:g}; only the average may be fractional"
-            )
-        return self
-
-
-class NoControllerConfig(BaseModel):
-    """No expert prices."""
-
-    model_config = _STRICT
-
-    kind: Literal["none"] = "none"
-
-
-class SignBiasConfig(BaseModel):
-    """See :class:`drgr.routing.SignBias`."""
-
-    model_config = _STRICT
-
-    kind: Literal["sign-bias"]
-    step_size: Positive = 1e-3
-
-
-class QuantileConfig(BaseModel):
-    """See :class:`drgr.routing.QuantileBalancing`."""
-
-    model_config = _STRICT
-
-    kind: Literal["quantile"] = "quantile"
-    smoothing: Share = 0.0
-
-
-ControllerConfig = Annotated[
-    NoControllerConfig | SignBiasConfig | QuantileConfig, Field(discriminator="kind")
-]
-
-
-class RoutingConfig(BaseModel):
-    """Budget and balance of every MoE layer."""
-
-    model_config = _STRICT
-
-    budget: BudgetConfig = BudgetConfig()
-    controller: ControllerConfig = QuantileConfig()
-    auxiliary_coefficient: NotNegative = 0.0
-    """Weight of the Switch load-balancing loss, averaged over layers."""
-    price_smoothing: Share = 0.9
-
-
 class RobustnessConfig(BaseModel):
     """The adversary over domains."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     apply_to: Literal["nothing", "objective", "sampling"] = "sampling"
     """Where the adversary's weights go; with ``nothing`` they are only reported."""
@@ -193,7 +139,7 @@ class RobustnessConfig(BaseModel):
 class TrainingConfig(BaseModel):
     """Optimisation, precision, and how often things are written."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     steps: Count = 300
     batch_size: Count = 16
@@ -227,7 +173,7 @@ class TrainingConfig(BaseModel):
 class RunConfig(BaseModel):
     """Everything that determines a run."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     name: str = "run"
     data: DataConfig = DataConfig()

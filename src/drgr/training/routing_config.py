@@ -1,0 +1,91 @@
+"""Settings of the MoE layers: their budget, their balance and their links."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(gt=0)]
+
+STRICT = ConfigDict(frozen=True, extra="forbid")
+
+
+class BudgetConfig(BaseModel):
+    """Bounds on each layer's compute, see :class:`drgr.budgets.TokenBudget`."""
+
+    model_config = STRICT
+
+    unit: Literal["experts", "flops"] = "experts"
+    """Experts per token, or forward FLOPs of a layer's experts per token."""
+    minimum: NotNegative = 1
+    maximum: Positive = 4
+    average: Positive = 2
+
+    @model_validator(mode="after")
+    def _check_order(self) -> "BudgetConfig":
+        if self.minimum > self.maximum:
+            raise ValueError(
+                f"minimum must be at most maximum, got {self.minimum:g} and {self.maximum:g}; "
+                f"lower the minimum or raise the maximum"
+            )
+        if self.average < self.minimum:
+            raise ValueError(
+                f"average must be at least minimum, got {self.average:g} and {self.minimum:g}; "
+                f"every token costs the minimum already"
+            )
+        if self.average > self.maximum:
+            raise ValueError(
+                f"average must be at most maximum, got {self.average:g} and {self.maximum:g}; "
+                f"tokens cannot use the rest"
+            )
+        if self.unit == "experts" and (self.minimum % 1 or self.maximum % 1):
+            raise ValueError(
+                f"minimum and maximum must be whole numbers of experts, got {self.minimum:g} and "
+                f"{self.maximum:g}; only the average may be fractional"
+            )
+        return self
+
+
+class NoControllerConfig(BaseModel):
+    """No expert prices."""
+
+    model_config = STRICT
+
+    kind: Literal["none"] = "none"
+
+
+class SignBiasConfig(BaseModel):
+    """See :class:`drgr.routing.SignBias`."""
+
+    model_config = STRICT
+
+    kind: Literal["sign-bias"]
+    step_size: Positive = 1e-3
+
+
+class QuantileConfig(BaseModel):
+    """See :class:`drgr.routing.QuantileBalancing`."""
+
+    model_config = STRICT
+
+    kind: Literal["quantile"] = "quantile"
+    smoothing: Share = 0.0
+
+
+ControllerConfig = Annotated[
+    NoControllerConfig | SignBiasConfig | QuantileConfig, Field(discriminator="kind")
+]
+
+
+class RoutingConfig(BaseModel):
+    """Budget and balance of every MoE layer."""
+
+    model_config = STRICT
+
+    budget: BudgetConfig = BudgetConfig()
+    controller: ControllerConfig = QuantileConfig()
+    auxiliary_coefficient: NotNegative = 0.0
+    """Weight of the Switch load-balancing loss, averaged over layers."""
+    price_smoothing: Share = 0.9
