@@ -130,6 +130,7 @@ def final_state(run: Any) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "routing": run.attachment.state_dict(),
         "adversary": run.adversary.state_dict(),
+        "outer": None if run.outer is None else run.outer.state_dict(),
     }
 
 

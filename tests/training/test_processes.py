@@ -30,6 +30,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "routing__controller": {"kind": "sign-bias", "step_size": 0.01},
         "robustness__apply_to": "objective",
     },
+    "outer-lookahead": {
+        "routing__budget": BUDGET,
+        "robustness__apply_to": "nothing",
+        "outer": {"variables": ["mixture"], "begin": 1, "every": 2, "windows": 1},
+    },
+    "outer-router-cg": {
+        "routing__budget": BUDGET,
+        "robustness__apply_to": "nothing",
+        "outer": {
+            "variables": ["mixture", "router"],
+            "begin": 1,
+            "every": 2,
+            "windows": 1,
+            "update": "gradient",
+            "solver": {"kind": "cg", "max_steps": 1},
+        },
+    },
     "auxiliary-train-losses": {
         "routing__budget": BUDGET,
         "routing__controller": {"kind": "none"},
@@ -99,6 +116,11 @@ def test_one_trajectory(runs: ModuleType, corpus: Corpus, trained, variant):
             assert mine.get(key) == theirs.get(key)
         if mine["kind"] == "train":
             compare_steps(mine, theirs)
+        elif mine["kind"] == "outer":
+            for key in ("mixture", "gain"):
+                assert present(mine[key]) == pytest.approx(present(theirs[key]), rel=0.05, abs=1e-3)
+            assert mine["solver"]["hvps"] == theirs["solver"]["hvps"]
+            assert mine["flops"] == pytest.approx(theirs["flops"], rel=1e-3)
         else:
             assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     compare_states(first[variant], single[variant])

@@ -19,6 +19,27 @@ VARIANTS = {
         "robustness__penalty": None,
         "robustness__radius": 0.5,
     },
+    "outer-lookahead": {
+        "robustness__apply_to": "nothing",
+        "outer": {"variables": ["mixture"], "begin": 1, "every": 2, "windows": 1},
+    },
+    "outer-router-cg": {
+        "robustness__apply_to": "objective",
+        "outer": {
+            "variables": ["mixture", "router"],
+            "begin": 1,
+            "every": 2,
+            "windows": 1,
+            "update": "gradient",
+            "solver": {"kind": "cg", "max_steps": 2},
+        },
+    },
+    "previous-nominal": {
+        "robustness__apply_to": "objective",
+        "robustness__nominal": "previous",
+        "robustness__uniform_share": 0.01,
+        "robustness__losses": "train",
+    },
     "auxiliary-accumulation": {
         "routing__controller": {"kind": "none"},
         "routing__auxiliary_coefficient": 0.01,

@@ -78,7 +78,7 @@ class TrainingDisplay:
             )
         elif kind == "alarm":
             self._console.print(f"step {step}: warning: {record['message']}", style="yellow")
-        elif not self._console.is_terminal:
+        elif kind == "train" and not self._console.is_terminal:
             self._console.print(
                 f"step {step}: loss {record['loss']:.3f}, spend {record['spend']:,} of "
                 f"{record['budget']:,}, {record['tokens_per_second']:,.0f} tokens/s"

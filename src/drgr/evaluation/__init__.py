@@ -4,10 +4,17 @@ Reading order: ``domains`` (measure), ``records`` (write down).
 """
 
 from drgr.evaluation.domains import DomainScores, evaluate_domains, token_losses
-from drgr.evaluation.records import evaluation_record, layer_record, named, validation_record
+from drgr.evaluation.records import (
+    average_mixture,
+    evaluation_record,
+    layer_record,
+    named,
+    validation_record,
+)
 
 __all__ = [
     "DomainScores",
+    "average_mixture",
     "evaluate_domains",
     "evaluation_record",
     "layer_record",

@@ -1,12 +1,16 @@
 """Evaluation results as the JSON records of a run directory (see ``docs/run-directory.md``)."""
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from drgr.budgets import TokenBudget
+from drgr.errors import ConfigError
 from drgr.evaluation.domains import DomainScores
 from drgr.routing import max_violation, min_violation
 
@@ -63,8 +67,9 @@ def evaluation_record(
         step: Optimizer steps taken by then.
         layer_names: Names of the MoE layers.
         budget: The budget of each layer, in experts.
-        training: What training leaves: ``train_tokens`` and ``adversarial_weight`` by domain,
-            ``effective_domains``, ``flops``, ``seconds``, ``tokens_per_second``, and ``budget``
+        training: What training leaves: ``train_tokens``, ``adversarial_weight`` and
+            ``average_share`` by domain, ``effective_domains``, ``flops``, ``outer_flops``,
+            ``seconds``, ``tokens_per_second``, and ``budget``
             with ``budget``, ``spend`` and ``batches_over``.
     """
     losses = named(scores.domains, scores.losses)
@@ -77,6 +82,7 @@ def evaluation_record(
             "loss": losses[name],
             "bits_per_byte": bits[name],
             "adversarial_weight": training["adversarial_weight"][name],
+            "average_share": training["average_share"][name],
             "experts_per_token": experts[name],
         }
         for index, name in enumerate(scores.domains)
@@ -90,6 +96,7 @@ def evaluation_record(
         "split": split,
         "step": step,
         "flops": training["flops"],
+        "outer_flops": training["outer_flops"],
         "seconds": training["seconds"],
         "tokens_per_second": training["tokens_per_second"],
         "domains": domains,
@@ -105,6 +112,33 @@ def evaluation_record(
         },
         "layers": layers,
     }
+
+
+def average_mixture(path: Path, domains: Sequence[str]) -> Tensor:
+    """Reads the average share of each domain in a run's objective, from its ``evaluation.json``.
+
+    Returns:
+        Shares that sum to 1, float64, shape ``(len(domains),)``.
+
+    Raises:
+        ConfigError: If the file cannot be read, or has no usable share of a domain.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["domains"]
+        shares = torch.tensor(
+            [float(entries[name]["average_share"]) for name in domains], dtype=torch.float64
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"data.sampling names {path}, which is not the evaluation.json of a run on the domains "
+            f"{list(domains)}: {type(error).__name__}: {error}"
+        ) from error
+    if not (bool((shares >= 0).all()) and 0 < float(shares.sum()) < torch.inf):
+        raise ConfigError(
+            f"data.sampling names {path}, whose average shares must be finite, not negative and "
+            f"not all 0, got {shares.tolist()}"
+        )
+    return shares / shares.sum()
 
 
 def _summary(scores: DomainScores) -> Json:

@@ -27,6 +27,12 @@ class DomainWeights:
     gap: float
 
     @property
+    def shares(self) -> Tensor:
+        """Share of each domain in the objective: what is drawn times what it counts."""
+        shares = self.sampling * self.objective
+        return shares / shares.sum()
+
+    @property
     def effective_domains(self) -> float:
         """Effective number of domains ``1 / sum q^2``."""
         return float(effective_number(self.adversary))
@@ -41,11 +47,14 @@ class DomainAdversary:
         penalty: Strength of the penalised adversary; or
         radius: Radius of the constrained one. Exactly one of the two.
         sampling: Base share of each domain in the batches, shape ``(G,)``.
-        nominal: Distribution that the adversary starts from, shape ``(G,)``.
+        nominal: Distribution that the adversary starts from, shape ``(G,)``; None starts from its
+            own previous weights, first the base.
         apply_to: ``"nothing"``, ``"objective"`` or ``"sampling"``.
         unit: Factor from nats per token to the unit in which domains are compared, shape ``(G,)``.
         smoothing: Share of the old estimate that an update keeps.
         reference: Reference losses in nats per token, shape ``(G,)``, for excess losses.
+        clip_excess: Whether an excess below 0 counts as 0.
+        uniform_share: Share of the uniform distribution in the weights.
     """
 
     def __init__(
@@ -55,11 +64,13 @@ class DomainAdversary:
         penalty: float | None,
         radius: float | None,
         sampling: Tensor,
-        nominal: Tensor,
+        nominal: Tensor | None,
         apply_to: str,
         unit: Tensor,
         smoothing: float,
         reference: Tensor | None,
+        clip_excess: bool = False,
+        uniform_share: float = 0.0,
     ) -> None:
         scaled = None if reference is None else reference.double() * unit
         self._losses = DomainLosses(len(sampling), smoothing=smoothing, reference=scaled)
@@ -67,23 +78,45 @@ class DomainAdversary:
         self._penalty = penalty
         self._radius = radius
         self._base = sampling / sampling.sum()
-        self._nominal = nominal / nominal.sum()
+        self._nominal = None if nominal is None else nominal / nominal.sum()
         self._apply_to = apply_to
-        self._unit = unit
-        self.weights = self._weights(self._nominal, gap=0.0)
+        self.unit = unit
+        self._clip_excess = clip_excess
+        self._uniform_share = uniform_share
+        self._mixture: Tensor | None = None
+        self.weights = self._weights(self._start, gap=0.0)
 
     def observe(self, loss_sums: Tensor, num_tokens: Tensor) -> None:
         """Takes in loss sums in nats and token counts of all processes, shapes ``(G,)``."""
-        self._losses.update(loss_sums.cpu().double() * self._unit, num_tokens)
+        self._losses.update(loss_sums.cpu().double() * self.unit, num_tokens)
 
     def refresh(self) -> DomainWeights:
         """Recomputes the weights from the estimates; without any they stay at the nominal."""
         if bool(self._losses.seen.any()):
-            worst: WorstCase = self._losses.weights(
-                self._divergence, radius=self._radius, penalty=self._penalty, nominal=self._nominal
-            )
-            self.weights = self._weights(worst.weights, gap=float(worst.gap))
+            worst = self._worst(self._losses)
+            mixed = (1 - self._uniform_share) * worst.weights
+            mixed = mixed + self._uniform_share / len(self._base)
+            self.weights = self._weights(mixed, gap=float(worst.gap))
         return self.weights
+
+    def worst_case(self, losses: Tensor) -> WorstCase:
+        """Returns the worst case of other losses (excess losses where there is a reference).
+
+        In the adversary's unit, shape ``(G,)``; of all domains, seen or not.
+        """
+        trial = DomainLosses(len(self._base), smoothing=0.0)
+        trial.update(losses, torch.ones_like(losses))
+        return self._worst(trial)
+
+    @property
+    def losses(self) -> Tensor:
+        """Estimated losses, excess where there is a reference, shape ``(G,)``; 0 if not seen."""
+        return self._losses.excess
+
+    def set_mixture(self, mixture: Tensor) -> None:
+        """Draws batches by other shares than the base from now on, shape ``(G,)``."""
+        self._mixture = mixture.clone()
+        self.weights = self._weights(self.weights.adversary, gap=self.weights.gap)
 
     @property
     def base_sampling(self) -> Tensor:
@@ -113,20 +146,37 @@ class DomainAdversary:
             "losses": self._losses.state_dict(),
             "adversary": self.weights.adversary.clone(),
             "gap": self.weights.gap,
+            "mixture": None if self._mixture is None else self._mixture.clone(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`, bit for bit."""
         self._losses.load_state_dict(state["losses"])
+        self._mixture = state["mixture"]
         self.weights = self._weights(state["adversary"], gap=state["gap"])
 
+    @property
+    def _start(self) -> Tensor:
+        return self._base if self._nominal is None else self._nominal
+
+    def _worst(self, losses: DomainLosses) -> WorstCase:
+        nominal = self.weights.adversary if self._nominal is None else self._nominal
+        if self._clip_excess:
+            clipped = DomainLosses(len(self._base), smoothing=0.0)
+            clipped.update(losses.excess.clamp_min(0.0), losses.seen.double())
+            losses = clipped
+        return losses.weights(
+            self._divergence, radius=self._radius, penalty=self._penalty, nominal=nominal
+        )
+
     def _weights(self, adversary: Tensor, *, gap: float) -> DomainWeights:
-        sampling = adversary if self._apply_to == "sampling" else self._base
+        drawn = self._base if self._mixture is None else self._mixture
+        sampling = adversary if self._apply_to == "sampling" else drawn
         objective = torch.ones_like(self._base)
         if self._apply_to == "objective":
-            # Tokens of a domain come with probability base; the ratio makes the expected batch
+            # Tokens of a domain come with probability drawn; the ratio makes the expected batch
             # loss sum_d q_d l_d, and a domain that is never drawn has no token to weight.
-            objective = torch.where(self._base > 0, adversary / self._base, 0.0)
+            objective = torch.where(drawn > 0, adversary / drawn, 0.0)
         return DomainWeights(adversary=adversary, sampling=sampling, objective=objective, gap=gap)
 
 

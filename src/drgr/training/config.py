@@ -15,17 +15,14 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from drgr.errors import ConfigError
+from drgr.training.field_types import STRICT, Count, NotNegative, Positive, Share
+from drgr.training.outer_config import OuterConfig
 from drgr.training.routing_config import (
-    STRICT,
     BudgetConfig,
     ControllerConfig,
-    Count,
     NoControllerConfig,
-    NotNegative,
-    Positive,
     QuantileConfig,
     RoutingConfig,
-    Share,
     SignBiasConfig,
 )
 
@@ -34,6 +31,7 @@ __all__ = [
     "ControllerConfig",
     "DataConfig",
     "NoControllerConfig",
+    "OuterConfig",
     "PretrainedModelConfig",
     "QuantileConfig",
     "RobustnessConfig",
@@ -53,6 +51,9 @@ __all__ = [
 _PRESENTATION = ("log_every", "checkpoint_every", "keep")
 
 
+JsonPath = Annotated[str, Field(pattern=r"\.json$")]
+
+
 class DataConfig(BaseModel):
     """What is read and what is drawn."""
 
@@ -67,9 +68,10 @@ class DataConfig(BaseModel):
     sequence_length: Annotated[int, Field(ge=2)] = 256
     skip_unreadable: bool = False
     """Whether files that are not text are left out (and listed) instead of stopping the run."""
-    sampling: dict[str, NotNegative] | Literal["natural", "uniform"] = "natural"
+    sampling: dict[str, NotNegative] | Literal["natural", "uniform"] | JsonPath = "natural"
     """Share of each domain in the training batches; ``natural`` is the weight that a domain file
-    gives it, else its share of the tokens."""
+    gives it, else its share of the tokens. A path ending in ``.json`` is the
+    ``evaluation.json`` of a run, whose average mixture is taken."""
 
 
 class TinyModelConfig(BaseModel):
@@ -113,7 +115,14 @@ class RobustnessConfig(BaseModel):
     reference: Path | None = None
     """File of reference losses in nats per token, or a previous run's evaluation: the adversary
     then sees the excess over them."""
-    nominal: Literal["uniform", "sampling"] = "uniform"
+    clip_excess: bool = False
+    """Whether a loss below its reference counts as equal to it, as in DoReMi."""
+    nominal: Literal["uniform", "sampling", "previous"] = "uniform"
+    """What the adversary starts from; from its ``previous`` weights, first the base sampling, the
+    penalised KL adversary takes the exponentiated-gradient steps of group DRO, of size 1 /
+    ``penalty``."""
+    uniform_share: Share = 0.0
+    """Share of the uniform distribution that is mixed into the adversary's weights."""
     smoothing: Share = 0.7
     """Share of the old estimate that an update of a domain's loss keeps."""
     begin: Annotated[int, Field(ge=0)] = 20
@@ -182,6 +191,7 @@ class RunConfig(BaseModel):
     )
     routing: RoutingConfig = RoutingConfig()
     robustness: RobustnessConfig = RobustnessConfig()
+    outer: OuterConfig = OuterConfig()
     training: TrainingConfig = TrainingConfig()
 
     def to_json(self) -> str:

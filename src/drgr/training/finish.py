@@ -89,7 +89,12 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
             name: float(weight) for name, weight in zip(domains, weights.adversary, strict=True)
         },
         "effective_domains": weights.effective_domains,
+        "average_share": {
+            name: float(share) / max(state.step, 1)
+            for name, share in zip(domains, state.share_sums, strict=True)
+        },
         "flops": state.flops,
+        "outer_flops": state.outer_flops,
         "seconds": state.seconds,
         "tokens_per_second": float(state.total.num_tokens.sum()) / max(state.seconds, 1e-9),
         "budget": {

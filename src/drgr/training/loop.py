@@ -11,11 +11,19 @@ from drgr.collectives import rank
 from drgr.errors import CheckpointError
 from drgr.evaluation import evaluate_domains, validation_record
 from drgr.training.checkpoint import latest_checkpoint
-from drgr.training.config import TrainingConfig
+from drgr.training.config import OuterConfig, RobustnessConfig, TrainingConfig
 from drgr.training.finish import finish
 from drgr.training.held_out import held_out_sums
 from drgr.training.loop_state import LoopState, by_name
-from drgr.training.metrics import JsonLines, MetricsSink, Record, TensorBoard, training_record
+from drgr.training.metrics import (
+    JsonLines,
+    MetricsSink,
+    Record,
+    TensorBoard,
+    outer_record,
+    training_record,
+)
+from drgr.training.outer_loop import OuterLoop
 from drgr.training.run_directory import RunDirectory, write_json
 from drgr.training.setup import RunObjects
 from drgr.training.signals import deferred_signals
@@ -189,8 +197,10 @@ def _one_step(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
     started = time.perf_counter()
     settings = run.config.robustness
     flops = 0.0
-    if state.step >= settings.begin and (state.step - settings.begin) % settings.every == 0:
+    if _is_due(settings, state.step):
         flops += _update_adversary(run, state, reporter)
+    if run.outer is not None and _is_due(run.config.outer, state.step):
+        flops += _outer_step(run, run.outer, state, reporter)
     for parameters in run.optimizer.param_groups:
         parameters["lr"] = learning_rate(run.config.training, state.step)
     totals = train_step(
@@ -213,7 +223,7 @@ def _one_step(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
         assignments=float(totals.spend.sum()),
         gradient_checkpointing=run.config.training.gradient_checkpointing,
     )
-    state.add(totals, flops=flops, seconds=time.perf_counter() - started)
+    state.add(totals, run.adversary.weights, flops=flops, seconds=time.perf_counter() - started)
     reporter.show(_view(run, state, totals))
 
 
@@ -244,6 +254,23 @@ def _update_adversary(run: RunObjects, state: LoopState, reporter: _Reporter) ->
         # The step that these weights are for: a run resumed at the step before alarms again.
         reporter.write({"kind": "alarm", "step": state.step + 1, "message": message})
     return flops
+
+
+def _is_due(settings: RobustnessConfig | OuterConfig, step: int) -> bool:
+    return step >= settings.begin and (step - settings.begin) % settings.every == 0
+
+
+def _outer_step(run: RunObjects, outer: OuterLoop, state: LoopState, reporter: _Reporter) -> float:
+    """Moves the outer variables; returns the FLOPs of it."""
+    adversary = run.adversary
+    report = outer.step(
+        adversary.worst_case, adversary.losses, adversary.weights.adversary, step=state.step
+    )
+    if outer.settings.moves_mixture:
+        adversary.set_mixture(report.mixture)
+    state.outer_flops += report.flops
+    reporter.write(outer_record(report, step=state.step + 1, domains=run.corpus.domains))
+    return report.flops
 
 
 def _log(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drgr.collectives import rank, world_size
 from drgr.errors import NonFiniteLossError
+from drgr.training.adversary import DomainWeights
 from drgr.training.checkpoint import latest_checkpoint, load_checkpoint, read_step, save_checkpoint
 from drgr.training.run_directory import RunDirectory
 from drgr.training.setup import RunObjects
@@ -25,7 +26,9 @@ class LoopState:
         self._directory = directory
         self.step = 0
         self.flops = 0.0
+        self.outer_flops = 0.0
         self.seconds = 0.0
+        self.share_sums = torch.zeros(len(run.corpus.domains), dtype=torch.float64)
         self.total = self._no_steps()
         self.window = self._no_steps()
         self.window_seconds = 0.0
@@ -38,9 +41,12 @@ class LoopState:
             num_experts=attachment.policies[0].controller.prices.shape[0],
         )
 
-    def add(self, totals: StepTotals, *, flops: float, seconds: float) -> None:
+    def add(
+        self, totals: StepTotals, weights: DomainWeights, *, flops: float, seconds: float
+    ) -> None:
         """Counts one step."""
         self.step += 1
+        self.share_sums += weights.shares
         self.flops += flops
         self.seconds += seconds
         self.window_seconds += seconds
@@ -81,10 +87,13 @@ class LoopState:
         run.optimizer.load_state_dict(state["optimizer"])
         run.attachment.load_state_dict(state["routing"])
         run.adversary.load_state_dict(state["adversary"])
+        if run.outer is not None:
+            run.outer.load_state_dict(state["outer"])
         torch.set_rng_state(state["rng"])
         if run.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_rng"])
         self.flops, self.seconds = state["flops"], state["seconds"]
+        self.outer_flops, self.share_sums = state["outer_flops"], state["share_sums"]
         self.window_seconds = state["window_seconds"]
         self.total, self.window = StepTotals(**state["total"]), StepTotals(**state["window"])
         self.step = read_step(path)
@@ -121,9 +130,12 @@ class LoopState:
             "optimizer": run.optimizer.state_dict(),
             "routing": run.attachment.state_dict(),
             "adversary": run.adversary.state_dict(),
+            "outer": None if run.outer is None else run.outer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,
             "flops": self.flops,
+            "outer_flops": self.outer_flops,
+            "share_sums": self.share_sums,
             "seconds": self.seconds,
             "window_seconds": self.window_seconds,
             "total": self.total.to_dict(),

@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from drgr.evaluation import layer_record, named
 from drgr.training.adversary import DomainWeights
+from drgr.training.outer_loop import OuterReport
 from drgr.training.step import StepTotals
 
 Record = dict[str, Any]
@@ -129,6 +130,26 @@ def training_record(
         "spend": int(window.spend.sum()),
         "batches_over": int(window.over),
         "layers": layers,
+    }
+
+
+def outer_record(report: OuterReport, *, step: int, domains: Sequence[str]) -> Record:
+    """Describes an outer step, made before step ``step``."""
+    return {
+        "kind": "outer",
+        "step": step,
+        "mixture": named(domains, report.mixture),
+        "gain": named(domains, report.gain),
+        "scale": report.scale,
+        "gap": report.gap,
+        "solver": {
+            "status": report.status,
+            "residual": report.residual,
+            "curvature": report.curvature,
+            "hvps": report.num_hvps,
+        },
+        "gradient_norm": report.gradient_norm,
+        "flops": report.flops,
     }
 
 

@@ -2,14 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(gt=0)]
-
-STRICT = ConfigDict(frozen=True, extra="forbid")
+from drgr.training.field_types import STRICT, NotNegative, Positive, Share
 
 
 class BudgetConfig(BaseModel):

@@ -18,6 +18,7 @@ from drgr.budgets.flops import FlopModel
 from drgr.collectives import world_size
 from drgr.data import Corpus, check_sequence_length
 from drgr.errors import ConfigError
+from drgr.evaluation import average_mixture
 from drgr.integrations.transformers import Attachment, attach, enable_checkpointing, find_sites
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
 from drgr.routing import ControllerFactory, NoPrices, QuantileBalancing, SignBias
@@ -32,6 +33,9 @@ from drgr.training.config import (
     SignBiasConfig,
     TinyModelConfig,
 )
+from drgr.training.domain_passes import DomainPasses
+from drgr.training.outer_loop import OuterLoop
+from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.step import StepSettings
 
 
@@ -44,8 +48,9 @@ class RunObjects:
         corpus: What is read.
         attachment: The model with its routing policies.
         forward_model: The model, or its data-parallel wrapper.
-        optimizer: AdamW over all parameters.
+        optimizer: AdamW over the parameters of the inner level.
         adversary: Domain weights.
+        outer: The outer loop; None where it has no variable.
         settings: What a step needs.
         budget: The budget of each layer, in experts.
         flops: What the model costs.
@@ -58,6 +63,7 @@ class RunObjects:
     forward_model: nn.Module
     optimizer: torch.optim.Optimizer
     adversary: DomainAdversary
+    outer: OuterLoop | None
     settings: StepSettings
     budget: TokenBudget
     flops: FlopModel
@@ -78,6 +84,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
         UnknownRouterError: If the model cannot be attached to.
     """
     _check_batch_split(config)
+    check_outer(config)
     check_sequence_length(corpus, config.data.sequence_length)
     sampling = sampling_weights(config, corpus)
     device = choose_device(config)
@@ -92,19 +99,33 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     # gradient engine sends meanwhile.
     group = dist.new_group() if world_size() > 1 else None
     attachment = _attach(config, model, budget, group)
+    settings = _step_settings(config, device, group)
+    adversary = build_adversary(config, corpus, sampling)
+    inner, routers = split_parameters(model, config.outer)
+    optimizer = torch.optim.AdamW(
+        inner,
+        lr=config.training.learning_rate,
+        betas=(config.training.beta1, config.training.beta2),
+        weight_decay=config.training.weight_decay,
+    )
+    passes = DomainPasses(
+        attachment,
+        corpus,
+        settings,
+        flops,
+        windows=config.outer.windows,
+        inner=inner,
+        outer=routers,
+    )
     return RunObjects(
         config=config,
         corpus=corpus,
         attachment=attachment,
         forward_model=_forward_model(config, model, device),
-        optimizer=torch.optim.AdamW(
-            model.parameters(),
-            lr=config.training.learning_rate,
-            betas=(config.training.beta1, config.training.beta2),
-            weight_decay=config.training.weight_decay,
-        ),
-        adversary=build_adversary(config, corpus, sampling),
-        settings=_step_settings(config, device, group),
+        optimizer=optimizer,
+        adversary=adversary,
+        outer=build_outer(config, passes, adversary, optimizer),
+        settings=settings,
         budget=budget,
         flops=flops,
         group=group,
@@ -124,6 +145,8 @@ def sampling_weights(config: RunConfig, corpus: Corpus) -> Tensor:
         declared = corpus.declared_weights()
         natural = corpus.natural_weights() if declared is None else declared
         return torch.tensor(natural, dtype=torch.float64)
+    if isinstance(sampling, str):
+        return average_mixture(Path(sampling), corpus.domains)
     if set(sampling) != set(corpus.domains):
         raise ConfigError(
             f"data.sampling must name the domains of corpus {corpus.name}, {list(corpus.domains)}, "
@@ -209,11 +232,13 @@ def build_adversary(config: RunConfig, corpus: Corpus, sampling: Tensor) -> Doma
         penalty=settings.penalty,
         radius=settings.radius,
         sampling=sampling,
-        nominal=sampling if settings.nominal == "sampling" else uniform,
+        nominal={"uniform": uniform, "sampling": sampling, "previous": None}[settings.nominal],
         apply_to=settings.apply_to,
         unit=unit,
         smoothing=settings.smoothing,
         reference=reference,
+        clip_excess=settings.clip_excess,
+        uniform_share=settings.uniform_share,
     )
 
 

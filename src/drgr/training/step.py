@@ -133,7 +133,7 @@ def train_step(
     Args:
         forward_model: The model, or its data-parallel wrapper.
         attachment: The attachment of the model.
-        optimizer: Optimizer over the model's parameters; its learning rate is set.
+        optimizer: Optimizer over the parameters to train; its learning rate is set.
         corpus: Where batches are drawn from.
         settings: See :class:`StepSettings`.
         step: Number of steps taken before; determines the batch.
@@ -144,7 +144,8 @@ def train_step(
     """
     sums = _LocalSums(attachment, len(corpus.domains))
     forward_model.train()
-    optimizer.zero_grad(set_to_none=True)
+    # All of them: parameters of an outer level get gradients here and have another optimizer.
+    attachment.model.zero_grad(set_to_none=True)
     for number, rows in enumerate(settings.rows):
         batch = draw_batch(
             corpus,
@@ -164,7 +165,8 @@ def train_step(
             sums=sums,
             is_last=number == settings.accumulation - 1,
         )
-    norm = nn.utils.clip_grad_norm_(attachment.model.parameters(), settings.clip_norm)
+    trained = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, settings.clip_norm)
     totals = sums.totals(norm, settings.group)
     if is_finite(totals):
         optimizer.step()

@@ -1,0 +1,327 @@
+r"""The outer loop: hypergradients of held-out losses move the mixture and the router.
+
+With ``F`` the worst case of the held-out losses, ``g = sum_e w_e l_e`` the training loss at the
+mixture ``w``, ``b = grad_y F`` and ``D`` the metric of the optimizer (Adam's root second moment, or
+1), the parameters' response to the outer variables over the next ``horizon`` steps is taken as that
+of the damped inner problem:
+
+    (H + D / (learning_rate * horizon)) z = b        gain_e = <grad l_e, z> = -dF/dw_e
+
+With ``H`` left out, ``z`` is what ``horizon`` steps of the optimizer along ``b`` would do; a gain
+is then a predicted fall of ``F`` in its own unit. The horizon bounds how far the local model of a
+problem without a strict minimum is trusted, as damping does elsewhere.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from drgr.ambiguity import WorstCase
+from drgr.bilevel import LinearSolver, LinearSystem, SolveStatus, adam_diagonal
+from drgr.training.domain_passes import DomainPasses
+from drgr.training.mixture import entropic_step, lookahead_mixture
+
+# Least entry of Adam's metric as a share of the mean: a damping that is nowhere 0.
+_FLOOR = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OuterSettings:
+    """What stays the same from outer step to outer step; see :class:`OuterConfig`.
+
+    Attributes:
+        moves_mixture: Whether the mixture is an outer variable.
+        lookahead: Whether it moves to the least predicted worst case, or along the hypergradient.
+        adam_metric: Whether the metric is Adam's, or the identity.
+        solver: Solves with the inner Hessian; None leaves it out.
+        horizon: Steps of the inner response.
+        rate: Step size of the mixture along the hypergradient.
+        anchor: Mixture to stay close to, shape ``(G,)``.
+        anchor_strength: Price of leaving it.
+        smoothing: Share of the old gains that an estimate keeps.
+        unit: Factor from nats per token to the unit of ``F``, shape ``(G,)``.
+    """
+
+    moves_mixture: bool
+    lookahead: bool
+    adam_metric: bool
+    solver: LinearSolver | None
+    horizon: float
+    rate: float
+    anchor: Tensor
+    anchor_strength: float
+    smoothing: float
+    unit: Tensor
+
+
+@dataclass(slots=True, kw_only=True)
+class OuterReport:
+    """What one outer step did.
+
+    Attributes:
+        mixture: Shares from now on, shape ``(G,)``.
+        gain: Predicted fall of the worst case if the horizon were trained on one domain, shape
+            ``(G,)``, in its unit.
+        scale: Factor from predicted to observed falls, that gains are multiplied by; None before
+            the first comparison, while the mixture stays.
+        gap: Bound on the mixture's distance from optimal in value (lookahead).
+        status: How the linear solve ended; ``"none"`` without one.
+        residual: Its relative residual.
+        curvature: Smallest curvature it met, in units of the damping, which is not included.
+        num_hvps: Hessian-vector products.
+        gradient_norm: Norm of the hypergradient in the router's weights.
+        flops: FLOPs of the outer step over all processes.
+    """
+
+    mixture: Tensor
+    gain: Tensor
+    scale: float | None = None
+    gap: float = 0.0
+    status: str = "none"
+    residual: float | None = None
+    curvature: float | None = None
+    num_hvps: int = 0
+    gradient_norm: float | None = None
+    flops: float = 0.0
+
+
+@final
+class OuterLoop:
+    """Keeps the outer variables and the estimates that move them.
+
+    Args:
+        settings: See :class:`OuterSettings`.
+        passes: Losses and gradients by domain; its outer tensors are the router's weights.
+        inner_optimizer: The optimizer of the inner level, for its metric and learning rate.
+        outer_optimizer: Steps the router's weights; None if they are no outer variable.
+        mixture: First mixture, shape ``(G,)``, float64.
+    """
+
+    def __init__(
+        self,
+        settings: OuterSettings,
+        passes: DomainPasses,
+        *,
+        inner_optimizer: torch.optim.Optimizer,
+        outer_optimizer: torch.optim.Optimizer | None,
+        mixture: Tensor,
+    ) -> None:
+        self.settings, self.passes = settings, passes
+        self._inner_optimizer, self._outer_optimizer = inner_optimizer, outer_optimizer
+        self.mixture = mixture.clone()
+        self._gains = _Average(settings.smoothing)
+        self._calibration = _Calibration(settings.smoothing)
+        self._warm: Tensor | None = None
+
+    def step(
+        self, risk: Callable[[Tensor], WorstCase], losses: Tensor, weights: Tensor, *, step: int
+    ) -> OuterReport:
+        """Moves the outer variables.
+
+        Args:
+            risk: The worst case as a function of losses by domain, shape ``(G,)``.
+            losses: The adversary's estimates, in its unit, shape ``(G,)``.
+            weights: Its weights ``q``, shape ``(G,)``.
+            step: Steps taken by now; determines the batches.
+        """
+        spent = self.passes.flops
+        if self.settings.lookahead:
+            report = self._look_ahead(risk, losses, weights, step)
+        else:
+            report = self._descend(risk(losses).value, weights, step)
+        self.mixture = report.mixture
+        report.flops = self.passes.flops - spent
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the outer variables that are not the model's, and the estimates."""
+        outer = self._outer_optimizer
+        return {
+            "mixture": self.mixture.clone(),
+            "gains": self._gains.state_dict(),
+            "calibration": self._calibration.state_dict(),
+            "warm": None if self._warm is None else self._warm.clone(),
+            "optimizer": None if outer is None else outer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores :meth:`state_dict`, bit for bit."""
+        self.mixture = state["mixture"].clone()
+        self._gains.load_state_dict(state["gains"])
+        self._calibration.load_state_dict(state["calibration"])
+        self._warm = state["warm"]
+        if self._outer_optimizer is not None:
+            self._outer_optimizer.load_state_dict(state["optimizer"])
+
+    def _response(self, squares: Tensor) -> Tensor:
+        """Returns the inverse of ``D / (learning_rate * horizon)``, shape ``(d_y,)``.
+
+        Adam's second moments hold what was drawn. Directions that were not, such as the embeddings
+        of rare tokens, have moments near 0 and would be taken to respond without bound; so the
+        squared gradients that are about to act are added, and entries below a hundredth of the mean
+        are raised to it. No entry of the response to ``g`` then exceeds
+        ``learning_rate * horizon * |g| / sqrt(squares)``.
+        """
+        rate: float = self._inner_optimizer.param_groups[0]["lr"]
+        reach = rate * self.settings.horizon
+        if not self.settings.adam_metric:
+            return torch.full_like(squares, reach)
+        seen = adam_diagonal(self._inner_optimizer, self.passes.inner)
+        metric = (seen.square() + squares).sqrt()
+        return reach / metric.clamp_min(_FLOOR * metric.mean().item())
+
+    def _look_ahead(
+        self,
+        risk: Callable[[Tensor], WorstCase],
+        losses: Tensor,
+        weights: Tensor,
+        step: int,
+    ) -> OuterReport:
+        """Takes the mixture whose losses after the horizon are predicted to be best."""
+        passes, settings = self.passes, self.settings
+        train = torch.stack(list(passes.gradients_by_domain(passes.draw("train", step))))
+        response = self._response(train.square().mean(dim=0)) * train
+        held_out = passes.gradients_by_domain(passes.draw("validation", step))
+        fresh = torch.stack([response @ slope for slope in held_out])
+        gains = self._gains.updated(settings.unit.unsqueeze(1) * fresh.double().cpu())
+        scale = self._calibration.updated(losses)
+        report = OuterReport(mixture=self.mixture, gain=weights @ gains, scale=scale)
+        if scale is not None:
+            report.gain *= scale
+            found = lookahead_mixture(
+                risk,
+                losses,
+                scale * gains,
+                anchor=settings.anchor,
+                anchor_strength=settings.anchor_strength,
+            )
+            report.mixture, report.gap = found.mixture, found.gap
+        self._calibration.predict(gains @ report.mixture, losses)
+        return report
+
+    def _descend(self, value: Tensor, weights: Tensor, step: int) -> OuterReport:
+        """Takes a step along the hypergradient."""
+        passes, settings = self.passes, self.settings
+        slope, direct, _ = passes.gradient(passes.draw("validation", step), weights * settings.unit)
+        report = OuterReport(mixture=self.mixture, gain=torch.zeros_like(self.mixture))
+        root = self._response(slope.square()).sqrt()
+        direction = self._solve(slope, root, step, report)
+        change = passes.along(
+            passes.draw("train", step),
+            direction,
+            self.mixture,
+            with_gradients=self._outer_optimizer is not None,
+        )
+        report.gain = self._gains.updated(change.losses)
+        report.scale = self._calibration.updated(value.reshape(1))
+        predicted = self.mixture @ report.gain
+        self._calibration.predict(predicted.reshape(1), value.reshape(1))
+        if settings.moves_mixture and report.scale is not None:
+            report.gain = report.scale * report.gain
+            report.mixture = entropic_step(
+                self.mixture,
+                report.gain,
+                rate=settings.rate,
+                anchor=settings.anchor,
+                anchor_strength=settings.anchor_strength,
+            )
+        if change.inner is not None:
+            left = root * (slope - change.inner) - direction / root
+            report.residual = (left.norm() / (root * slope).norm()).item()
+        if self._outer_optimizer is not None and change.outer is not None:
+            hypergradient = direct - change.outer
+            report.gradient_norm = hypergradient.norm().item()
+            self._move_outer(self._outer_optimizer, hypergradient)
+        return report
+
+    def _solve(self, slope: Tensor, root: Tensor, step: int, report: OuterReport) -> Tensor:
+        """Returns ``z``, solved for in the metric in which the damping is 1.
+
+        Where the solver meets negative curvature the local problem has no minimum, and what it
+        stopped at may be far off; the response without ``H`` stands in, and the status says so.
+        """
+        if self.settings.solver is None:
+            return root * root * slope
+        batch = self.passes.draw("train", step)
+
+        def apply(vector: Tensor) -> Tensor:
+            if not bool(vector.any()):
+                return vector
+            change = self.passes.along(batch, root * vector, self.mixture, with_gradients=True)
+            assert change.inner is not None
+            return root * change.inner + vector
+
+        rhs = root * slope
+        found = self.settings.solver.solve(LinearSystem(apply=apply, rhs=rhs), self._warm)
+        is_usable = found.status is not SolveStatus.NEGATIVE_CURVATURE
+        self._warm = found.point if is_usable else None
+        report.status = found.status.name.lower().replace("_", "-")
+        report.num_hvps = found.num_products
+        report.curvature = found.curvature - 1 if math.isfinite(found.curvature) else None
+        return root * (found.point if is_usable else rhs)
+
+    def _move_outer(self, optimizer: torch.optim.Optimizer, hypergradient: Tensor) -> None:
+        sizes = [tensor.numel() for tensor in self.passes.outer]
+        parts = hypergradient.split(sizes)
+        for tensor, part in zip(self.passes.outer, parts, strict=True):
+            tensor.grad = part.view_as(tensor).to(tensor.dtype)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@dataclass(slots=True)
+class _Average:
+    """A mean with exponentially falling weights that starts without bias."""
+
+    smoothing: float
+    total: Tensor | None = None
+    weight: float = 0.0
+
+    def updated(self, value: Tensor) -> Tensor:
+        before = torch.zeros_like(value) if self.total is None else self.total
+        self.total = self.smoothing * before + value
+        self.weight = self.smoothing * self.weight + 1
+        return self.total / self.weight
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "weight": self.weight}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.total, self.weight = state["total"], state["weight"]
+
+
+@dataclass(slots=True)
+class _Calibration:
+    """Least-squares factor from predicted to observed falls of losses."""
+
+    smoothing: float
+    products: float = field(default=0.0)
+    squares: float = field(default=0.0)
+    predicted: Tensor | None = None
+    before: Tensor | None = None
+
+    def updated(self, losses: Tensor) -> float | None:
+        """Compares the last prediction with what came; returns the factor, not below 0.
+
+        None before the first comparison.
+        """
+        if self.predicted is not None and self.before is not None:
+            observed = self.before - losses
+            self.products = self.smoothing * self.products + float(observed @ self.predicted)
+            self.squares = self.smoothing * self.squares + float(self.predicted @ self.predicted)
+        return max(self.products, 0.0) / self.squares if self.squares > 0 else None
+
+    def predict(self, fall: Tensor, losses: Tensor) -> None:
+        """Keeps a prediction for the next comparison."""
+        self.predicted, self.before = fall, losses
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in self.__slots__:
+            setattr(self, name, state[name])

@@ -1,0 +1,119 @@
+"""From settings to the outer loop."""
+
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+from drgr.bilevel import CG, LinearSolver, Neumann
+from drgr.errors import ConfigError
+from drgr.integrations.transformers import find_sites
+from drgr.training.adversary import DomainAdversary
+from drgr.training.config import RunConfig
+from drgr.training.domain_passes import DomainPasses
+from drgr.training.outer_config import (
+    CGConfig,
+    NeumannConfig,
+    NoSolverConfig,
+    OuterConfig,
+    SolverConfig,
+)
+from drgr.training.outer_loop import OuterLoop, OuterSettings
+
+
+def check_outer(config: RunConfig) -> None:
+    """Checks what only shows when settings meet each other.
+
+    Raises:
+        ConfigError: If two settings want the sampling, or a solver has nothing to solve.
+    """
+    outer = config.outer
+    if "mixture" in outer.variables and config.robustness.apply_to == "sampling":
+        raise ConfigError(
+            "outer.variables has the mixture, but robustness.apply_to is sampling: both decide "
+            "what is drawn; set robustness.apply_to to nothing"
+        )
+    looks_ahead = outer.update == "lookahead"
+    if looks_ahead and outer.solver.kind != "none":
+        raise ConfigError(
+            f"outer.update lookahead takes no solver, got outer.solver {outer.solver.kind}; set "
+            "outer.update to gradient"
+        )
+    if looks_ahead and "router" in outer.variables:
+        raise ConfigError(
+            "outer.update lookahead moves the mixture alone, got outer.variables with the router; "
+            "set outer.update to gradient"
+        )
+    if looks_ahead and outer.variables and outer.anchor_strength == 0:
+        raise ConfigError(
+            "outer.anchor_strength must be above 0 with outer.update lookahead, got 0; "
+            "0.01 is nearly none"
+        )
+
+
+def split_parameters(model: nn.Module, config: OuterConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the parameters of the inner level and those of the outer one, in model order."""
+    routers: set[nn.Parameter] = set()
+    if "router" in config.variables:
+        routers = {weight for site in find_sites(model) for weight in site.router.parameters()}
+    parameters = list(model.parameters())
+    return (
+        [weight for weight in parameters if weight not in routers],
+        [weight for weight in parameters if weight in routers],
+    )
+
+
+def build_outer(
+    config: RunConfig,
+    passes: DomainPasses,
+    adversary: DomainAdversary,
+    optimizer: torch.optim.Optimizer,
+) -> OuterLoop | None:
+    """Returns the outer loop, None where it has no variable.
+
+    Raises:
+        ConfigError: If the mixture is to stay close to one that leaves a domain out.
+    """
+    settings = config.outer
+    if not settings.variables:
+        return None
+    base = adversary.base_sampling
+    anchor = torch.full_like(base, 1 / len(base)) if settings.anchor == "uniform" else base
+    if settings.anchor_strength > 0 and not bool((anchor > 0).all()):
+        raise ConfigError(
+            "outer.anchor sampling needs every domain to have a share above 0 in data.sampling, "
+            f"got {anchor.tolist()}; set outer.anchor to uniform"
+        )
+    return OuterLoop(
+        OuterSettings(
+            moves_mixture="mixture" in settings.variables,
+            lookahead=settings.update == "lookahead",
+            adam_metric=settings.metric == "adam",
+            solver=build_solver(settings.solver),
+            horizon=settings.horizon or float(settings.every),
+            rate=settings.rate,
+            anchor=anchor,
+            anchor_strength=settings.anchor_strength,
+            smoothing=settings.smoothing,
+            unit=adversary.unit,
+        ),
+        passes,
+        inner_optimizer=optimizer,
+        outer_optimizer=(
+            torch.optim.Adam(passes.outer, lr=settings.learning_rate) if passes.outer else None
+        ),
+        mixture=base,
+    )
+
+
+def build_solver(config: SolverConfig) -> LinearSolver | None:
+    """Returns the solver of the inner level's linear system."""
+    match config:
+        case NoSolverConfig():
+            return None
+        case CGConfig(max_steps=max_steps, rtol=rtol):
+            return CG(max_steps=max_steps, rtol=rtol)
+        case NeumannConfig(num_terms=num_terms, step_size=step_size):
+            return Neumann(num_terms=num_terms, step_size=step_size)
+        case _:
+            assert_never(config)
