@@ -1,7 +1,8 @@
 """Routing as one priced assignment: experts with the largest score less price, inside a budget.
 
 Reading order: ``plan`` (the records), ``policy`` (scores, prices, selection joined for one layer),
-``controllers`` (the interface that moves prices), then one file for each controller and loss.
+``controllers`` (the interface that moves prices), ``traffic`` (what flows backward), then one file
+for each controller and loss.
 """
 
 from drgr.routing.batch_price import BatchPrice
@@ -12,6 +13,15 @@ from drgr.routing.plan import LayerRouting, RoutingPlan
 from drgr.routing.policy import ControllerFactory, RoutingPolicy
 from drgr.routing.quantile import QuantileBalancing
 from drgr.routing.sign_bias import SignBias
+from drgr.routing.traffic import (
+    TrafficMeter,
+    congestion,
+    exchanged_bytes,
+    gradient_traffic,
+    tap_traffic,
+    traffic_penalty,
+    traffic_penalty_gradient,
+)
 
 __all__ = [
     "BatchPrice",
@@ -23,8 +33,15 @@ __all__ = [
     "RoutingPlan",
     "RoutingPolicy",
     "SignBias",
+    "TrafficMeter",
+    "congestion",
+    "exchanged_bytes",
     "expert_load",
+    "gradient_traffic",
     "load_balancing_loss",
     "max_violation",
     "min_violation",
+    "tap_traffic",
+    "traffic_penalty",
+    "traffic_penalty_gradient",
 ]
