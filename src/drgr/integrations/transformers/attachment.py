@@ -17,6 +17,7 @@ from drgr.integrations.transformers.contract import RouterContract, find_contrac
 from drgr.integrations.transformers.experts import IMPLEMENTATION, check_skipping, register
 from drgr.integrations.transformers.padding import padding_mask
 from drgr.integrations.transformers.sites import MoeSite, find_sites
+from drgr.integrations.transformers.sources import Source, check_source, token_sources
 from drgr.routing import (
     BatchPrice,
     ControllerFactory,
@@ -24,7 +25,9 @@ from drgr.routing import (
     NoPrices,
     RoutingPlan,
     RoutingPolicy,
+    TrafficMeter,
     expert_load,
+    tap_traffic,
 )
 
 ROUTING_FILE = "routing.safetensors"
@@ -43,18 +46,22 @@ class Attachment:
         self.model = model
         self._layers = layers
         self._valid: Tensor | None = None
+        self._given_source: Source | None = None
+        self._source: Tensor | None = None
         self._records: list[list[LayerRouting]] = []
+        self._meters: list[tuple[TrafficMeter, ...]] = []
         # Read on every pass, since checkpointing may be switched on after attaching.
         self._checkpointed: list[Any] = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
         base = getattr(model, "base_model", model)
         self._handles: list[RemovableHandle] = [
-            base.register_forward_pre_hook(self._read_padding, with_kwargs=True)
+            base.register_forward_pre_hook(self._read_call, with_kwargs=True)
         ]
-        for layer in layers:
-            hook = partial(self._route, layer)
-            self._handles.append(layer.site.router.register_forward_hook(hook))
+        for number, layer in enumerate(layers):
+            route, tap = partial(self._route, layer), partial(self._tap, number)
+            self._handles.append(layer.site.router.register_forward_hook(route))
+            self._handles.append(layer.site.experts.register_forward_hook(tap))
         config = layers[0].site.experts.config
         self._previous_implementation = config._experts_implementation
         config._experts_implementation = IMPLEMENTATION
@@ -68,6 +75,63 @@ class Attachment:
     def policies(self) -> tuple[RoutingPolicy, ...]:
         """The routing policy of each layer."""
         return tuple(layer.policy for layer in self._layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts ``E`` of a layer."""
+        return self._layers[0].site.num_experts
+
+    @property
+    def width(self) -> int:
+        """Width ``D`` of a token's vector, as experts receive it."""
+        return self._layers[0].site.width
+
+    @contextmanager
+    def from_source(self, source: Source) -> Iterator[None]:
+        """Says where the tokens of the forward passes inside come from, a domain for instance.
+
+        Args:
+            source: One source for all tokens, or int64 tensors of one source a sequence, shape
+                ``(B,)``, or a token, shape ``(B, S)``.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If it has another number of dimensions; in the forward pass, if its shape is
+                not that of the batch or a source is out of range.
+        """
+        check_source(source)
+        previous, self._given_source = self._given_source, source
+        try:
+            yield
+        finally:
+            self._given_source = previous
+
+    @contextmanager
+    def record_traffic(self, *, num_sources: int, coefficient: float = 0.0) -> Iterator[Tensor]:
+        """Yields a tensor that receives the gradient traffic of the forward passes inside.
+
+        Their backward passes fill it, also after the end of the context. Forward passes must know
+        their sources, see :meth:`from_source`. Padding has no traffic, and recomputation under
+        gradient checkpointing adds none.
+
+        Args:
+            num_sources: Number of sources ``G``.
+            coefficient: Coefficient of each layer's :func:`drgr.routing.traffic_penalty`; its
+                gradient joins that of the combine weights.
+
+        Returns:
+            Zeros to begin with, shape ``(L, G, E)``, float64, see
+            :func:`drgr.routing.gradient_traffic`.
+        """
+        device = next(self.model.parameters()).device
+        shape = (len(self._layers), num_sources, self.num_experts)
+        traffic = torch.zeros(shape, dtype=torch.float64, device=device)
+        meters = tuple(TrafficMeter(traffic=part, coefficient=coefficient) for part in traffic)
+        self._meters.append(meters)
+        try:
+            yield traffic
+        finally:
+            self._meters.remove(meters)
 
     @contextmanager
     def record(self) -> Iterator[list[LayerRouting]]:
@@ -153,10 +217,33 @@ class Attachment:
         self._handles.clear()
         self._layers[0].site.experts.config._experts_implementation = self._previous_implementation
 
-    def _read_padding(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads the padding mask of a forward pass, and spreads its source over its tokens."""
         self._valid = padding_mask(module, args, kwargs)
+        self._source = None
+        if self._given_source is not None:
+            num_sources = min((m[0].traffic.shape[0] for m in self._meters), default=None)
+            self._source = token_sources(self._given_source, num_sources, module, (args, kwargs))
+
+    def _tap(
+        self, number: int, experts: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        """Lets the backward pass of a layer's experts measure what flows through them."""
+        del experts
+        # The node of the pass that is being recomputed does that already.
+        if not self._meters or not torch.is_grad_enabled() or _is_recomputed():
+            return output
+        if self._source is None:
+            raise ValueError(
+                "record_traffic needs the source of each token, got none; run the forward pass "
+                "inside of attachment.from_source(...)"
+            )
+        _, expert_ids, weights = args
+        for meters in self._meters:
+            output = tap_traffic(
+                output, weights, source=self._source, expert_ids=expert_ids, meter=meters[number]
+            )
+        return output
 
     def _route(
         self, layer: "_Layer", router: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
@@ -165,7 +252,7 @@ class Attachment:
         del args
         logits, weights, _, *rest = output
         scores = layer.contract.scores(logits)
-        is_recomputed = torch._C._current_graph_task_id() != -1
+        is_recomputed = _is_recomputed()
         if is_recomputed:
             routing = layer.take_pending(logits)
         else:
@@ -207,7 +294,7 @@ class Attachment:
             records.append(routing)
         is_checkpointed = any(module.gradient_checkpointing for module in self._checkpointed)
         if layer.site.router.training and is_checkpointed:
-            if not torch.is_grad_enabled() and self._records:
+            if not torch.is_grad_enabled() and (self._records or self._meters):
                 raise ValueError(
                     "gradient checkpointing must not be reentrant while routing is recorded: the "
                     "router's gradient would be lost; enable it with use_reentrant=False"
@@ -237,6 +324,11 @@ class _Layer:
             f"{self.site.name}: a forward pass is recomputed whose routing is not known; the "
             f"router must see the same input again (deterministic layers, preserved random state)"
         )
+
+
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running: a forward pass inside of it is one of checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def attach(
