@@ -47,6 +47,8 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.controller.smoothing": 0.5,
     "routing.auxiliary_coefficient": 0.01,
     "routing.price_smoothing": 0.5,
+    "routing.traffic.measure": False,
+    "routing.traffic.coefficient": 0.01,
     "robustness.apply_to": "objective",
     "robustness.divergence": "chi-square",
     "robustness.penalty": 0.125,
@@ -302,6 +304,10 @@ class TestErrors:
             (
                 {"routing": {"budget": {"minimum": 1.5}}},
                 ["routing.budget: minimum and maximum must be whole numbers", "1.5"],
+            ),
+            (
+                {"routing": {"traffic": {"measure": False, "coefficient": 0.5}}},
+                ["routing.traffic: coefficient must be 0 where nothing is measured, got 0.5"],
             ),
             (
                 {"robustness": {"penalty": 2.0, "radius": 0.1}},

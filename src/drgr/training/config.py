@@ -27,6 +27,7 @@ from drgr.training.routing_config import (
     RoutingConfig,
     Share,
     SignBiasConfig,
+    TrafficConfig,
 )
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "RunConfig",
     "SignBiasConfig",
     "TinyModelConfig",
+    "TrafficConfig",
     "TrainingConfig",
     "known_keys",
     "override",

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from drgr.evaluation import layer_record, named
+from drgr.routing import congestion
 from drgr.training.adversary import DomainWeights
 from drgr.training.step import StepTotals
 
@@ -89,6 +90,7 @@ def training_record(
     prices: Sequence[Tensor | None],
     weights: DomainWeights,
     near_one_hot: bool,
+    exchanged: Record,
     cumulative: Record,
 ) -> Record:
     """Describes the steps since the last record.
@@ -101,15 +103,20 @@ def training_record(
         prices: Frozen batch price of each layer; ``None`` where none was learned.
         weights: The adversary's weights now.
         near_one_hot: Whether the adversary's weights are nearly on one domain.
+        exchanged: ``forward`` and ``backward`` bytes of a step under expert parallelism.
         cumulative: ``tokens``, ``flops``, ``seconds``, ``tokens_per_second``, ``learning_rate`` and
             ``domain_tokens`` by now.
     """
     num_layers = len(layer_names)
     layers = [
-        layer_record(name, load.long()) | {"price": None if price is None else float(price)}
-        for name, load, price in zip(layer_names, window.expert_load, prices, strict=True)
+        layer_record(name, load.long())
+        | {"price": None if price is None else float(price), "congestion": congested(traffic)}
+        for name, load, price, traffic in zip(
+            layer_names, window.expert_load, prices, window.traffic, strict=True
+        )
     ]
     steps = float(window.steps)
+    flows = window.traffic.sum(dim=(0, 2)) / steps
     return {
         "kind": "train",
         "step": step,
@@ -128,8 +135,15 @@ def training_record(
         "budget": int(window.limit.sum()),
         "spend": int(window.spend.sum()),
         "batches_over": int(window.over),
+        "traffic": named(domains, flows) if bool(flows.any()) else None,
+        "exchanged_bytes": exchanged,
         "layers": layers,
     }
+
+
+def congested(traffic: Tensor) -> float | None:
+    """Returns the congestion of a layer's traffic, ``(G, E)``; ``None`` where nothing flowed."""
+    return float(congestion(traffic)) if bool(traffic.any()) else None
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -79,6 +79,27 @@ ControllerConfig = Annotated[
 ]
 
 
+class TrafficConfig(BaseModel):
+    """Gradient that flows from domains to experts, see :mod:`drgr.routing.traffic`."""
+
+    model_config = STRICT
+
+    measure: bool = True
+    """Whether it is measured in every step and reported."""
+    coefficient: NotNegative = 0.0
+    """Weight of the penalty on uneven traffic, averaged over layers, micro-batches and
+    processes."""
+
+    @model_validator(mode="after")
+    def _check_measured(self) -> "TrafficConfig":
+        if self.coefficient > 0 and not self.measure:
+            raise ValueError(
+                f"coefficient must be 0 where nothing is measured, got {self.coefficient:g} with "
+                f"measure false; the penalty needs the measurement"
+            )
+        return self
+
+
 class RoutingConfig(BaseModel):
     """Budget and balance of every MoE layer."""
 
@@ -89,3 +110,4 @@ class RoutingConfig(BaseModel):
     auxiliary_coefficient: NotNegative = 0.0
     """Weight of the Switch load-balancing loss, averaged over layers."""
     price_smoothing: Share = 0.9
+    traffic: TrafficConfig = TrafficConfig()

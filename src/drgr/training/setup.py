@@ -20,7 +20,13 @@ from drgr.data import Corpus, check_sequence_length
 from drgr.errors import ConfigError
 from drgr.integrations.transformers import Attachment, attach, enable_checkpointing, find_sites
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
-from drgr.routing import ControllerFactory, NoPrices, QuantileBalancing, SignBias
+from drgr.routing import (
+    ControllerFactory,
+    NoPrices,
+    QuantileBalancing,
+    SignBias,
+    exchanged_bytes,
+)
 from drgr.training.adversary import DomainAdversary
 from drgr.training.config import (
     BudgetConfig,
@@ -67,6 +73,17 @@ class RunObjects:
     def device(self) -> torch.device:
         """Where the model lives."""
         return next(self.attachment.model.parameters()).device
+
+    def exchanged_bytes(self, assignments: float) -> dict[str, float]:
+        """Predicts what expert parallelism would send, in bytes of each direction of a step."""
+        dtype = self.settings.autocast or next(self.attachment.model.parameters()).dtype
+        forward, backward = exchanged_bytes(
+            assignments,
+            width=self.attachment.width,
+            bytes_per_value=dtype.itemsize,
+            gradient_checkpointing=self.config.training.gradient_checkpointing,
+        )
+        return {"forward": forward, "backward": backward}
 
 
 def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
@@ -298,12 +315,14 @@ def _forward_model(config: RunConfig, model: Any, device: torch.device) -> nn.Mo
 def _step_settings(
     config: RunConfig, device: torch.device, group: ProcessGroup | None
 ) -> StepSettings:
+    traffic = config.routing.traffic
     return StepSettings(
         batch_size=config.training.batch_size,
         accumulation=config.training.accumulation,
         sequence_length=config.data.sequence_length,
         seed=config.training.seed,
         auxiliary_coefficient=config.routing.auxiliary_coefficient,
+        traffic_coefficient=traffic.coefficient if traffic.measure else None,
         clip_norm=config.training.clip_norm,
         autocast=autocast_dtype(config, device),
         group=group,
