@@ -1,12 +1,20 @@
 """Routing as one priced assignment: experts with the largest score less price, inside a budget.
 
 Reading order: ``plan`` (the records), ``policy`` (scores, prices, selection joined for one layer),
-``controllers`` (the interface that moves prices), ``traffic`` (what flows backward), then one file
+``controllers`` (the interface that moves prices), ``traffic`` (what flows backward), ``link_gates``
+(which links are open), then one file
 for each controller and loss.
 """
 
 from drgr.routing.batch_price import BatchPrice
 from drgr.routing.controllers import NoPrices, PriceController
+from drgr.routing.link_gates import (
+    GateGroup,
+    GateStep,
+    LayerGates,
+    LinkGates,
+    proximal_gates,
+)
 from drgr.routing.load import expert_load, max_violation, min_violation
 from drgr.routing.load_balancing import load_balancing_loss
 from drgr.routing.plan import LayerRouting, RoutingPlan
@@ -26,7 +34,11 @@ from drgr.routing.traffic import (
 __all__ = [
     "BatchPrice",
     "ControllerFactory",
+    "GateGroup",
+    "GateStep",
+    "LayerGates",
     "LayerRouting",
+    "LinkGates",
     "NoPrices",
     "PriceController",
     "QuantileBalancing",
@@ -41,6 +53,7 @@ __all__ = [
     "load_balancing_loss",
     "max_violation",
     "min_violation",
+    "proximal_gates",
     "tap_traffic",
     "traffic_penalty",
     "traffic_penalty_gradient",

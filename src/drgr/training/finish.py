@@ -100,7 +100,7 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
         "exchanged_bytes": run.exchanged_bytes(float(state.total.spend.sum() / state.step)),
         "layers": [
             {
-                "congestion": congested(traffic),
+                "congestion": congested(traffic, None),
                 "domain_traffic": dict(zip(domains, traffic.tolist(), strict=True)),
             }
             for traffic in state.total.traffic / state.step

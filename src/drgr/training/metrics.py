@@ -90,6 +90,7 @@ def training_record(
     prices: Sequence[Tensor | None],
     weights: DomainWeights,
     near_one_hot: bool,
+    links: Tensor | None,
     exchanged: Record,
     cumulative: Record,
 ) -> Record:
@@ -103,16 +104,22 @@ def training_record(
         prices: Frozen batch price of each layer; ``None`` where none was learned.
         weights: The adversary's weights now.
         near_one_hot: Whether the adversary's weights are nearly on one domain.
+        links: Which links are open, shape ``(L, G, E)``; ``None`` without link gates.
         exchanged: ``forward`` and ``backward`` bytes of a step under expert parallelism.
         cumulative: ``tokens``, ``flops``, ``seconds``, ``tokens_per_second``, ``learning_rate`` and
             ``domain_tokens`` by now.
     """
     num_layers = len(layer_names)
+    opened = [None] * num_layers if links is None else list(links.cpu())
     layers = [
         layer_record(name, load.long())
-        | {"price": None if price is None else float(price), "congestion": congested(traffic)}
-        for name, load, price, traffic in zip(
-            layer_names, window.expert_load, prices, window.traffic, strict=True
+        | {
+            "price": None if price is None else float(price),
+            "congestion": congested(traffic, is_open),
+            "open_links": None if is_open is None else int(is_open.sum()),
+        }
+        for name, load, price, traffic, is_open in zip(
+            layer_names, window.expert_load, prices, window.traffic, opened, strict=True
         )
     ]
     steps = float(window.steps)
@@ -141,9 +148,12 @@ def training_record(
     }
 
 
-def congested(traffic: Tensor) -> float | None:
-    """Returns the congestion of a layer's traffic, ``(G, E)``; ``None`` where nothing flowed."""
-    return float(congestion(traffic)) if bool(traffic.any()) else None
+def congested(traffic: Tensor, links: Tensor | None) -> float | None:
+    """Returns the congestion of a layer's traffic, ``(G, E)``; ``None`` where nothing flowed.
+
+    Links that closed since it was measured are left out, like all closed ones.
+    """
+    return float(congestion(traffic, links)) if bool(traffic.any()) else None
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -111,3 +111,6 @@ class RoutingConfig(BaseModel):
     """Weight of the Switch load-balancing loss, averaged over layers."""
     price_smoothing: Share = 0.9
     traffic: TrafficConfig = TrafficConfig()
+    link_gates: bool = False
+    """Whether each link (domain, expert) has a gate, all open and 1 to begin with; what moves them
+    is an outer loop. See :mod:`drgr.routing.link_gates`."""

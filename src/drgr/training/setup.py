@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -22,6 +23,7 @@ from drgr.integrations.transformers import Attachment, attach, enable_checkpoint
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
 from drgr.routing import (
     ControllerFactory,
+    LinkGates,
     NoPrices,
     QuantileBalancing,
     SignBias,
@@ -108,7 +110,8 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     # A group of its own keeps the selection's collectives in order among themselves, whatever the
     # gradient engine sends meanwhile.
     group = dist.new_group() if world_size() > 1 else None
-    attachment = _attach(config, model, budget, group)
+    gates = _link_gates(config, len(corpus.domains), experts, device)
+    attachment = _attach(config, model, budget, link_gates=gates, group=group)
     return RunObjects(
         config=config,
         corpus=corpus,
@@ -289,8 +292,26 @@ def _check_vocabulary(model: Any, corpus: Corpus, path: str) -> None:
         )
 
 
+def _link_gates(
+    config: RunConfig, num_domains: int, experts: Mapping[str, Any], device: torch.device
+) -> LinkGates | None:
+    if not config.routing.link_gates:
+        return None
+    return LinkGates(
+        num_layers=len(experts),
+        num_sources=num_domains,
+        num_experts=next(iter(experts.values())).num_experts,
+        device=device,
+    )
+
+
 def _attach(
-    config: RunConfig, model: nn.Module, budget: TokenBudget, group: ProcessGroup | None
+    config: RunConfig,
+    model: nn.Module,
+    budget: TokenBudget,
+    *,
+    link_gates: LinkGates | None,
+    group: ProcessGroup | None,
 ) -> Attachment:
     try:
         return attach(
@@ -298,6 +319,7 @@ def _attach(
             budget=budget,
             controller=build_controller(config.routing.controller),
             price_smoothing=config.routing.price_smoothing,
+            link_gates=link_gates,
             group=group,
         )
     except ValueError as error:

@@ -153,6 +153,9 @@ def train_step(
     sums = _LocalSums(attachment, len(corpus.domains))
     forward_model.train()
     optimizer.zero_grad(set_to_none=True)
+    if attachment.link_gates is not None:
+        # They move by held-out losses; gradients of training steps must not add up on them.
+        attachment.link_gates.values.grad = None
     for number, rows in enumerate(settings.rows):
         batch = draw_batch(
             corpus,
