@@ -47,6 +47,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.controller.smoothing": 0.5,
     "routing.auxiliary_coefficient": 0.01,
     "routing.price_smoothing": 0.5,
+    "routing.link_gates": True,
     "routing.traffic.measure": False,
     "routing.traffic.coefficient": 0.01,
     "robustness.apply_to": "objective",

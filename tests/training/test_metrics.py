@@ -19,6 +19,7 @@ LAYER = {
     "max_violation": NUMBER,
     "min_violation": NUMBER,
 }
+OPEN = {"open_links": "number or null"}
 BY_DOMAIN, COUNTS_BY_DOMAIN = {"*": NUMBER}, {"*": COUNT}
 TRAIN = {
     "kind": TEXT,
@@ -45,7 +46,7 @@ TRAIN = {
     "batches_over": COUNT,
     "traffic": BY_DOMAIN,
     "exchanged_bytes": {"forward": NUMBER, "backward": NUMBER},
-    "layers": [LAYER | {"price": "number or null", "congestion": "number or null"}],
+    "layers": [LAYER | {"price": "number or null", "congestion": "number or null"} | OPEN],
 }
 VALIDATION = {
     "kind": TEXT,
