@@ -138,6 +138,7 @@ class _Synthetic:
                     "max_violation": max(load) / mean - 1,
                     "min_violation": min(load) / mean - 1,
                     "price": 0.05,
+                    "congestion": 1.5 + index + math.exp(-step / 60),
                 }
             )
         return records
@@ -167,6 +168,9 @@ class _Synthetic:
             "experts_per_token": self.named(self.experts_per_token(step)),
             "budget": 81920,
             "spend": 81920 - (0 if step % 50 else 37),
+            "batches_over": 0,
+            "traffic": self.named([0.1 * part for part in weights]),
+            "exchanged_bytes": {"forward": 6291456.0, "backward": 12582912.0},
             "layers": self.layer_records(step),
         }
 
@@ -207,6 +211,11 @@ class _Synthetic:
                     "domain_load": by_domain,
                     "max_violation": max(load) / mean - 1,
                     "min_violation": min(load) / mean - 1,
+                    "congestion": 1.25 + index,
+                    "domain_traffic": {
+                        name: [1e-4 * count for count in self.loads(index + position, 900, 0.7)]
+                        for position, name in enumerate(self.domains)
+                    },
                 }
             )
         return {
@@ -238,6 +247,7 @@ class _Synthetic:
                 "training": {"budget": 2457600, "spend": 2457378, "batches_over": 0},
                 "evaluation": {"budget": 65536, "spend": 65012},
             },
+            "exchanged_bytes": {"forward": 6291456.0, "backward": 12582912.0},
             "layers": layers,
         }
 

@@ -9,6 +9,7 @@ from drgr.report._expert_figures import domain_maps, load_map, violation_curves
 from drgr.report._loss_figures import final_bars, loss_curves
 from drgr.report._style import domain_styles
 from drgr.report._summary import domain_names, summarize
+from drgr.report._traffic_figures import congestion_curves, traffic_maps
 from drgr.report._weight_figures import adversary_curves, effective_domains
 
 
@@ -136,4 +137,45 @@ def test_violation_has_a_line_per_layer(run):
     drawn = traces(violation_curves(run))
     for index in range(3):
         expected = [record.layers[index].max_violation for record in run.train]
+        assert drawn[f"layer {index}"]["y"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_traffic_maps_are_doublings_of_the_mean_link(run, styles):
+    summary = summarize(run)
+    chart = traffic_maps(run, summary, styles)
+    data = json.loads(chart.figure.to_json())["data"]
+    assert chart.choices == ("layer 0", "layer 1", "layer 2")
+    assert [trace["visible"] for trace in data] == [True, False, False]
+    for trace, layer in zip(data, run.evaluation.layers, strict=True):
+        assert trace["y"] == [domain.name for domain in summary.domains]
+        amounts = [value for row in layer.domain_traffic.values() for value in row]
+        mean = sum(amounts) / len(amounts)
+        for name, row in zip(trace["y"], trace["z"], strict=True):
+            expected = [math.log2(value / mean) for value in layer.domain_traffic[name]]
+            assert row == pytest.approx([max(-2, min(2, value)) for value in expected], abs=1e-3)
+
+
+def test_traffic_leaves_out_what_was_not_drawn_and_shows_links_without_any(make_run, styles):
+    directory = make_run("other", layers=1)
+    path = directory / "evaluation.json"
+    written = json.loads(path.read_text())
+    written["layers"][0]["domain_traffic"]["chem"] = [0.0] * 8
+    written["layers"][0]["domain_traffic"]["law"][3] = 0.0
+    path.write_text(json.dumps(written))
+    run = load_run(directory)
+    (trace,) = json.loads(traffic_maps(run, summarize(run), styles).figure.to_json())["data"]
+    assert "chem" not in trace["y"]
+    assert len(trace["y"]) == 7
+    assert trace["z"][trace["y"].index("law")][3] == trace["zmin"] == -2
+
+
+def test_without_traffic_there_is_no_map(make_run, styles):
+    run = load_run(make_run("other", interrupted=True))
+    assert traffic_maps(run, summarize(run), styles).figure is None
+
+
+def test_congestion_has_a_line_per_layer(run):
+    drawn = traces(congestion_curves(run))
+    for index in range(3):
+        expected = [record.layers[index].congestion for record in run.train]
         assert drawn[f"layer {index}"]["y"] == pytest.approx(expected, rel=1e-5)

@@ -8,6 +8,8 @@ from drgr.errors import ConfigError
 from drgr.report import write_report
 
 CHARTS = {
+    "traffic-map",
+    "congestion",
     "final-bars",
     "loss-curves",
     "adversary",
@@ -84,6 +86,9 @@ def test_totals_and_layers_equal_the_evaluation(finished):
         "Evaluation spend": written["budget"]["evaluation"]["spend"],
         "MaxVio, highest layer": max(layer["max_violation"] for layer in written["layers"]),
         "MinVio, lowest layer": min(layer["min_violation"] for layer in written["layers"]),
+        "Congestion, highest layer": max(layer["congestion"] for layer in written["layers"]),
+        "Exchange a step, forward": written["exchanged_bytes"]["forward"],
+        "Exchange a step, backward": written["exchanged_bytes"]["backward"],
         "Training compute": written["flops"],
         "Throughput": written["tokens_per_second"],
     }
@@ -91,9 +96,11 @@ def test_totals_and_layers_equal_the_evaluation(finished):
         assert cell_value(values[name]) == value, name
     assert values["Training spend"][1].startswith("2,457,378 of 2,457,600 assignments")
     assert values["Budget rule"][1] == "1 to 4 experts per token, 2 on average"
+    assert values["Exchange a step, forward"][1] == "6.29 MB"
     _, *rows = page.rows("layers")
-    assert [(cell_value(row[1]), cell_value(row[2])) for row in rows] == [
-        (layer["max_violation"], layer["min_violation"]) for layer in written["layers"]
+    assert [tuple(cell_value(cell) for cell in row[1:]) for row in rows] == [
+        (layer["max_violation"], layer["min_violation"], layer["congestion"])
+        for layer in written["layers"]
     ]
 
 
@@ -205,7 +212,7 @@ def test_three_runs_with_one_interrupted(make_run, parse, tmp_path):
 
 def test_interrupted_run_says_so_and_draws_the_rest(make_run, parse, tmp_path):
     page = parse(write_report([make_run(interrupted=True)], output=tmp_path / "report.html"))
-    assert set(page.figures()) == CHARTS - {"domain-map"}
+    assert set(page.figures()) == CHARTS - {"domain-map", "traffic-map"}
     text = " ".join(text for _, text in page.named("p"))
     assert "it was interrupted, or is still running" in text
     assert "This run has no data for this chart." in text

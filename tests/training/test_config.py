@@ -62,6 +62,9 @@ OTHER_VALUES: dict[str, Any] = {
     "outer.learning_rate": 0.01,
     "routing.auxiliary_coefficient": 0.01,
     "routing.price_smoothing": 0.5,
+    "routing.link_gates": True,
+    "routing.traffic.measure": False,
+    "routing.traffic.coefficient": 0.01,
     "robustness.apply_to": "objective",
     "robustness.divergence": "chi-square",
     "robustness.penalty": 0.125,
@@ -319,6 +322,10 @@ class TestErrors:
             (
                 {"routing": {"budget": {"minimum": 1.5}}},
                 ["routing.budget: minimum and maximum must be whole numbers", "1.5"],
+            ),
+            (
+                {"routing": {"traffic": {"measure": False, "coefficient": 0.5}}},
+                ["routing.traffic: coefficient must be 0 where nothing is measured, got 0.5"],
             ),
             (
                 {"robustness": {"penalty": 2.0, "radius": 0.1}},

@@ -19,6 +19,7 @@ LAYER = {
     "max_violation": NUMBER,
     "min_violation": NUMBER,
 }
+OPEN = {"open_links": "number or null"}
 BY_DOMAIN, COUNTS_BY_DOMAIN = {"*": NUMBER}, {"*": COUNT}
 TRAIN = {
     "kind": TEXT,
@@ -43,7 +44,9 @@ TRAIN = {
     "budget": COUNT,
     "spend": COUNT,
     "batches_over": COUNT,
-    "layers": [LAYER | {"price": "number or null"}],
+    "traffic": BY_DOMAIN,
+    "exchanged_bytes": {"forward": NUMBER, "backward": NUMBER},
+    "layers": [LAYER | {"price": "number or null", "congestion": "number or null"} | OPEN],
 }
 VALIDATION = {
     "kind": TEXT,
@@ -86,7 +89,11 @@ EVALUATION = {
         "training": {"budget": COUNT, "spend": COUNT, "batches_over": COUNT},
         "evaluation": {"budget": COUNT, "spend": COUNT},
     },
-    "layers": [LAYER | {"domain_load": {"*": [COUNT]}}],
+    "exchanged_bytes": {"forward": NUMBER, "backward": NUMBER},
+    "layers": [
+        LAYER
+        | {"domain_load": {"*": [COUNT]}, "congestion": NUMBER, "domain_traffic": {"*": [NUMBER]}}
+    ],
 }
 
 
@@ -175,6 +182,12 @@ def test_what_records_say_adds_up(runs: ModuleType, corpus: Corpus, run_path):
         assert record["spend"] == record["budget"]
         assert record["batches_over"] == 0
         assert all(layer["price"] > 0 for layer in record["layers"])
+        assert all(1 < layer["congestion"] <= 16 for layer in record["layers"])
+        assert record["traffic"]["speech"] > 0
+        assert record["traffic"]["verse"] == 0
+        # A vector of 32 float32 values to an expert and one back, for each assignment.
+        per_step = 2 * 32 * 4 * record["spend"] / window
+        assert record["exchanged_bytes"] == {"forward": per_step, "backward": per_step}
         assert sum(sum(layer["load"]) for layer in record["layers"]) == record["spend"]
         assert sum(record["adversary"].values()) == pytest.approx(1)
         assert sum(record["sampling"].values()) == pytest.approx(1)
@@ -196,6 +209,11 @@ def test_what_records_say_adds_up(runs: ModuleType, corpus: Corpus, run_path):
         "batches_over": 0,
     }
     assert evaluation["flops"] == records[-1]["flops"]
+    for name in corpus.domains:
+        flows = sum(sum(layer["domain_traffic"][name]) for layer in evaluation["layers"])
+        steps = zip(records, (5, 5, 1), strict=True)
+        expected = sum(record["traffic"][name] * window for record, window in steps) / 11
+        assert flows == pytest.approx(expected, rel=1e-12)
     for name, domain in evaluation["domains"].items():
         assert domain["train_tokens"] == records[-1]["domain_tokens"][name]
         assert domain["test_tokens"] == 3 * 32

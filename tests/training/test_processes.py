@@ -137,6 +137,8 @@ def compare_steps(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
         "domain_loss": 1e-3,
         "sampling": 1e-3,
         "adversary": 1e-3,
+        "traffic": 1e-3,
+        "exchanged_bytes": 1e-12,
     }.items():
         assert present(mine[key]) == pytest.approx(present(theirs[key]), rel=tolerance, abs=1e-7), (
             key
@@ -144,6 +146,7 @@ def compare_steps(mine: dict[str, Any], theirs: dict[str, Any]) -> None:
     for layer, expected in zip(mine["layers"], theirs["layers"], strict=True):
         moved = sum(abs(a - b) for a, b in zip(layer["load"], expected["load"], strict=True))
         assert moved <= 0.01 * mine["spend"]
+        assert layer["congestion"] == pytest.approx(expected["congestion"], rel=0.01)
         if expected["price"] is None:
             assert layer["price"] is None
         else:

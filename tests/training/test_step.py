@@ -189,6 +189,65 @@ def test_bfloat16_autocast_runs_and_stays_finite(runs: ModuleType, corpus: Corpu
             assert record["spend"] == record["budget"]
 
 
+def test_measuring_traffic_changes_no_bit(runs: ModuleType, corpus: Corpus, tmp_path):
+    states = {}
+    for measure in (True, False):
+        config = runs.small_config(
+            training__steps=4,
+            training__accumulation=2,
+            routing__traffic={"measure": measure},
+        )
+        _, run = runs.run_small(config, corpus, tmp_path / str(measure))
+        states[measure] = runs.final_state(run)
+    records = runs.read_records(tmp_path / "False")
+    trained = [record for record in records if record["kind"] == "train"]
+    assert all(record["traffic"] is None for record in trained)
+    assert all(layer["congestion"] is None for record in trained for layer in record["layers"])
+    runs.assert_same(states[False]["model"], states[True]["model"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_traffic_is_that_of_the_whole_step(runs: ModuleType, corpus: Corpus, accumulation):
+    """Against the gradients that arrive at the experts, with the same experts for every token."""
+    every = {"minimum": 8, "maximum": 8, "average": 8}
+    config = runs.small_config(training__accumulation=accumulation, routing__budget=every)
+    run = build_run(config, corpus)
+    model, arriving = run.attachment.model, []
+
+    def watch(_module, args, output):
+        mass = args[2].detach().sum(dim=1)
+        output.register_hook(
+            lambda g: arriving.append(float((g.double().norm(dim=1) * mass).sum()))
+        )
+
+    for name in run.attachment.layer_names:
+        model.get_submodule(f"{name}.experts").register_forward_hook(watch)
+    _, totals = gradient_of_step(run, corpus, run.adversary.weights)
+    assert len(arriving) == 2 * accumulation
+    assert float(totals.traffic.sum()) == pytest.approx(sum(arriving), rel=1e-5)
+    # Rows without tokens in this step.
+    absent = totals.num_tokens == 0
+    assert not totals.traffic[:, absent].any()
+    assert (totals.traffic[:, ~absent] > 0).all()
+
+
+def test_the_penalty_lowers_congestion(runs: ModuleType, corpus: Corpus, tmp_path):
+    last = {}
+    for coefficient in (0.0, 1.0):
+        config = runs.small_config(
+            training__steps=30,
+            training__log_every=10,
+            training__evaluate_every=50,
+            routing__controller={"kind": "none"},
+            routing__traffic={"coefficient": coefficient},
+        )
+        runs.run_small(config, corpus, tmp_path / str(coefficient))
+        records = runs.read_records(tmp_path / str(coefficient))
+        trained = [record for record in records if record["kind"] == "train"]
+        last[coefficient] = sum(layer["congestion"] for layer in trained[-1]["layers"])
+    assert last[1.0] < 0.9 * last[0.0]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler, about its own parts
 def test_compiled_model_gives_the_same_trajectory(

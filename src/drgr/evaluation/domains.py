@@ -137,7 +137,7 @@ class _Totals:
 
     def add(self, model: nn.Module, domain: int, batch: Batch) -> None:
         """Adds one batch of a single domain."""
-        with self._attachment.record() as records:
+        with self._attachment.from_source(domain), self._attachment.record() as records:
             output: Any = model(input_ids=batch.input_ids.to(self._device), use_cache=False)
         losses = token_losses(output.logits, batch.labels.to(self._device))
         self._loss_sums[domain] += losses.double().sum()

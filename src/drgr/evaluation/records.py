@@ -69,8 +69,9 @@ def evaluation_record(
         budget: The budget of each layer, in experts.
         training: What training leaves: ``train_tokens``, ``adversarial_weight`` and
             ``average_share`` by domain, ``effective_domains``, ``flops``, ``outer_flops``,
-            ``seconds``, ``tokens_per_second``, and ``budget``
-            with ``budget``, ``spend`` and ``batches_over``.
+            ``seconds``, ``tokens_per_second``, ``budget`` with ``budget``, ``spend`` and
+            ``batches_over``, ``exchanged_bytes`` of a step, and for each of the ``layers`` its
+            ``congestion`` and ``domain_traffic``.
     """
     losses = named(scores.domains, scores.losses)
     bits = named(scores.domains, scores.bits_per_byte)
@@ -90,7 +91,10 @@ def evaluation_record(
     layers = [
         layer_record(name, load.sum(dim=0))
         | {"domain_load": dict(zip(scores.domains, load.tolist(), strict=True))}
-        for name, load in zip(layer_names, scores.expert_load, strict=True)
+        | trained
+        for name, load, trained in zip(
+            layer_names, scores.expert_load, training["layers"], strict=True
+        )
     ]
     return {
         "split": split,
@@ -110,6 +114,7 @@ def evaluation_record(
             "training": training["budget"],
             "evaluation": {"budget": scores.limit, "spend": scores.spend},
         },
+        "exchanged_bytes": training["exchanged_bytes"],
         "layers": layers,
     }
 

@@ -84,6 +84,16 @@ def flops(value: float | None) -> str:
     return f"{value:,.0f} FLOP"
 
 
+def size(value: float | None) -> str:
+    """Formats a count of bytes with a decimal prefix."""
+    if value is None:
+        return MISSING
+    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:,.2f} {prefix}B"
+    return f"{value:,.0f} B"
+
+
 def duration(seconds: float | None) -> str:
     """Formats seconds as the two largest units that matter."""
     if seconds is None:

@@ -41,6 +41,8 @@ def parse_train(fields: Fields, *, step: int) -> TrainRecord:
         near_one_hot=bool(fields.flag("near_one_hot")),
         budget=fields.number("budget"),
         spend=fields.number("spend"),
+        exchanged_forward=fields.child("exchanged_bytes").number("forward"),
+        exchanged_backward=fields.child("exchanged_bytes").number("backward"),
         domain_loss=fields.numbers("domain_loss"),
         domain_tokens=fields.numbers("domain_tokens"),
         sampling=fields.numbers("sampling"),
@@ -85,6 +87,8 @@ def parse_evaluation(fields: Fields) -> EvaluationRecord:
         worst_bits_per_byte=fields.number("worst_bits_per_byte"),
         effective_domains=fields.number("effective_domains"),
         budget=_budget_evaluation(fields.child("budget")),
+        exchanged_forward=fields.child("exchanged_bytes").number("forward"),
+        exchanged_backward=fields.child("exchanged_bytes").number("backward"),
         layers=tuple(_layer_evaluation(layer) for layer in fields.children("layers")),
     )
 
@@ -96,6 +100,7 @@ def _layer_window(fields: Fields) -> LayerWindow:
         max_violation=fields.number("max_violation"),
         min_violation=fields.number("min_violation"),
         price=fields.number("price"),
+        congestion=fields.number("congestion"),
     )
 
 
@@ -111,13 +116,15 @@ def _domain_evaluation(fields: Fields) -> DomainEvaluation:
 
 
 def _layer_evaluation(fields: Fields) -> LayerEvaluation:
-    domain_load = fields.child("domain_load")
+    domain_load, domain_traffic = fields.child("domain_load"), fields.child("domain_traffic")
     return LayerEvaluation(
         name=fields.text("name") or "(unnamed layer)",
         max_violation=fields.number("max_violation"),
         min_violation=fields.number("min_violation"),
         load=fields.counts("load"),
         domain_load={name: domain_load.counts(name) for name in domain_load.names()},
+        congestion=fields.number("congestion"),
+        domain_traffic={name: domain_traffic.counts(name) for name in domain_traffic.names()},
     )
 
 

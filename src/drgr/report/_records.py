@@ -45,6 +45,7 @@ class LayerWindow:
     max_violation: float | None
     min_violation: float | None
     price: float | None
+    congestion: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,8 @@ class TrainRecord:
     near_one_hot: bool
     budget: float | None
     spend: float | None
+    exchanged_forward: float | None
+    exchanged_backward: float | None
     domain_loss: Numbers
     domain_tokens: Numbers
     sampling: Numbers
@@ -111,13 +114,18 @@ class DomainEvaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerEvaluation:
-    """Expert balance of one MoE layer on the held-out split, in all and by domain."""
+    """Expert balance of one MoE layer on the held-out split, in all and by domain.
+
+    ``congestion`` and ``domain_traffic`` are of the gradients of training, a mean over steps.
+    """
 
     name: str
     max_violation: float | None
     min_violation: float | None
     load: Counts
     domain_load: Mapping[str, Counts]
+    congestion: float | None
+    domain_traffic: Mapping[str, Counts]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,6 +158,8 @@ class EvaluationRecord:
     worst_bits_per_byte: float | None
     effective_domains: float | None
     budget: BudgetEvaluation
+    exchanged_forward: float | None
+    exchanged_backward: float | None
     layers: tuple[LayerEvaluation, ...]
 
 

@@ -12,6 +12,7 @@ from drgr.report._records import RunRecord
 from drgr.report._style import SeriesStyle
 from drgr.report._summary import RunSummary
 from drgr.report._tables import domain_table, environment_list, layer_table, tiles, totals
+from drgr.report._traffic_figures import congestion_curves, traffic_maps
 from drgr.report._weight_figures import adversary_curves, effective_domains, sampling_curves
 
 _MAX_NOTES = 30
@@ -74,6 +75,10 @@ def _topics(
             experts_bars(summary, styles),
             experts_curves(record, styles),
             spend_curves(record, summary),
+        ),
+        "Gradient traffic": (
+            traffic_maps(record, summary, styles),
+            congestion_curves(record),
         ),
         "Experts": (
             load_map(record),

@@ -40,11 +40,15 @@ class BudgetSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBalance:
-    """Largest and smallest relative deviation of an expert's load from the layer's mean."""
+    """Largest and smallest relative deviation of an expert's load from the layer's mean.
+
+    ``congestion`` is the gradient traffic of the busiest link over that of the mean link.
+    """
 
     name: str
     max_violation: float | None
     min_violation: float | None
+    congestion: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,8 @@ class RunSummary:
     effective_domains: float | None
     budget: BudgetSummary
     layers: tuple[LayerBalance, ...]
+    exchanged_forward: float | None
+    exchanged_backward: float | None
     flops: float | None
     tokens_per_second: float | None
     seconds: float | None
@@ -87,6 +93,11 @@ def highest_violation(layers: Sequence[LayerBalance]) -> float | None:
 def lowest_violation(layers: Sequence[LayerBalance]) -> float | None:
     """Returns the smallest MinVio of any layer."""
     return min((v.min_violation for v in layers if v.min_violation is not None), default=None)
+
+
+def highest_congestion(layers: Sequence[LayerBalance]) -> float | None:
+    """Returns the largest congestion of any layer."""
+    return max((v.congestion for v in layers if v.congestion is not None), default=None)
 
 
 def domain_names(run: RunRecord) -> tuple[str, ...]:
@@ -141,9 +152,12 @@ def _from_evaluation(evaluation: EvaluationRecord) -> RunSummary:
                 name=layer.name,
                 max_violation=layer.max_violation,
                 min_violation=layer.min_violation,
+                congestion=layer.congestion,
             )
             for layer in evaluation.layers
         ),
+        exchanged_forward=evaluation.exchanged_forward,
+        exchanged_backward=evaluation.exchanged_backward,
         flops=evaluation.flops,
         tokens_per_second=evaluation.tokens_per_second,
         seconds=evaluation.seconds,
@@ -164,6 +178,8 @@ def _from_records(run: RunRecord) -> RunSummary:
         effective_domains=train.effective_domains if train else None,
         budget=_budget_from_records(run.train, validation),
         layers=_layers_from_record(train),
+        exchanged_forward=train.exchanged_forward if train else None,
+        exchanged_backward=train.exchanged_backward if train else None,
         flops=train.flops if train else None,
         tokens_per_second=train.tokens_per_second if train else None,
         seconds=train.seconds if train else None,
@@ -211,7 +227,10 @@ def _layers_from_record(train: TrainRecord | None) -> tuple[LayerBalance, ...]:
         return ()
     return tuple(
         LayerBalance(
-            name=layer.name, max_violation=layer.max_violation, min_violation=layer.min_violation
+            name=layer.name,
+            max_violation=layer.max_violation,
+            min_violation=layer.min_violation,
+            congestion=layer.congestion,
         )
         for layer in train.layers
     )

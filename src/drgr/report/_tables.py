@@ -10,6 +10,7 @@ from drgr.report._html import (
     join,
     number,
     percent,
+    size,
     styled,
     swatch,
     tag,
@@ -21,6 +22,7 @@ from drgr.report._summary import (
     BudgetSummary,
     DomainSummary,
     RunSummary,
+    highest_congestion,
     highest_violation,
     lowest_violation,
 )
@@ -78,6 +80,7 @@ def totals(summary: RunSummary) -> Html:
     """Builds the list below the domain table."""
     budget = summary.budget
     highest, lowest = highest_violation(summary.layers), lowest_violation(summary.layers)
+    congestion = highest_congestion(summary.layers)
     over = "Log windows over budget" if budget.over_is_windows else "Training steps over budget"
     entries: list[tuple[str, float | None, str]] = [
         ("Mean bits per byte", summary.mean_bits_per_byte, number(summary.mean_bits_per_byte, 4)),
@@ -101,6 +104,9 @@ def totals(summary: RunSummary) -> Html:
         ),
         ("MaxVio, highest layer", highest, number(highest, 3)),
         ("MinVio, lowest layer", lowest, number(lowest, 3)),
+        ("Congestion, highest layer", congestion, number(congestion, 2)),
+        ("Exchange a step, forward", summary.exchanged_forward, size(summary.exchanged_forward)),
+        ("Exchange a step, backward", summary.exchanged_backward, size(summary.exchanged_backward)),
         ("Training compute", summary.flops, flops(summary.flops)),
         ("Throughput", summary.tokens_per_second, f"{number(summary.tokens_per_second)} tokens/s"),
         ("Training time", summary.seconds, duration(summary.seconds)),
@@ -110,7 +116,7 @@ def totals(summary: RunSummary) -> Html:
 
 def layer_table(summary: RunSummary) -> Html:
     """Builds the table of expert balance by layer."""
-    heads = ("Layer", "MaxVio", "MinVio")
+    heads = ("Layer", "MaxVio", "MinVio", "Congestion")
     head = tag("tr", *(tag("th", text(name), attributes={"scope": "col"}) for name in heads))
     labels = layer_labels([layer.name for layer in summary.layers])
     rows = [
@@ -119,6 +125,7 @@ def layer_table(summary: RunSummary) -> Html:
             tag("th", text(labels[layer.name]), attributes={"scope": "row", "title": layer.name}),
             number_cell(layer.max_violation, number(layer.max_violation, 3)),
             number_cell(layer.min_violation, number(layer.min_violation, 3)),
+            number_cell(layer.congestion, number(layer.congestion, 2)),
         )
         for layer in summary.layers
     ]

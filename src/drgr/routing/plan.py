@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from drgr.budgets import Selection
+from drgr.routing.link_gates import LayerGates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class LayerRouting:
         plan: The routing plan.
         selection: The selection behind the plan, with spend, limit and price.
         valid: Which tokens are real, shape ``(T,)``, bool; ``None`` where all are.
+        source: Source of each token, shape ``(T,)``, int64; ``None`` where it is not known.
+        gates: Gates of the layer's links; ``None`` where it has none.
     """
 
     name: str
@@ -43,3 +46,5 @@ class LayerRouting:
     plan: RoutingPlan
     selection: Selection
     valid: Tensor | None
+    source: Tensor | None = None
+    gates: LayerGates | None = None

@@ -24,6 +24,7 @@ from drgr.training.routing_config import (
     QuantileConfig,
     RoutingConfig,
     SignBiasConfig,
+    TrafficConfig,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "RunConfig",
     "SignBiasConfig",
     "TinyModelConfig",
+    "TrafficConfig",
     "TrainingConfig",
     "known_keys",
     "override",

@@ -7,7 +7,7 @@ from drgr.collectives import rank
 from drgr.errors import CheckpointError
 from drgr.evaluation import evaluate_domains, evaluation_record
 from drgr.training.loop_state import LoopState, by_name
-from drgr.training.metrics import Record
+from drgr.training.metrics import Record, congested
 from drgr.training.run_directory import RunDirectory, write_json
 from drgr.training.setup import RunObjects
 
@@ -102,4 +102,12 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
             "spend": int(state.total.spend.sum()),
             "batches_over": int(state.total.over),
         },
+        "exchanged_bytes": run.exchanged_bytes(float(state.total.spend.sum() / state.step)),
+        "layers": [
+            {
+                "congestion": congested(traffic, None),
+                "domain_traffic": dict(zip(domains, traffic.tolist(), strict=True)),
+            }
+            for traffic in state.total.traffic / state.step
+        ],
     }

@@ -63,10 +63,11 @@ def held_out_sums(
         torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None),
     ):
         for rows in mine.split(chunk) if len(mine) else ():
-            with attachment.record() as records:
+            domain = batch.domain[rows].to(device)
+            with attachment.from_source(domain), attachment.record() as records:
                 output: Any = model(input_ids=batch.input_ids[rows].to(device), use_cache=False)
             losses = token_losses(output.logits, batch.labels[rows].to(device))
-            loss_sums, num_tokens = domain_sums(losses, batch.domain[rows].to(device), num_domains)
+            loss_sums, num_tokens = domain_sums(losses, domain, num_domains)
             sums[0] += loss_sums
             sums[1] += num_tokens
             sums[2, 0] += torch.stack([routing.selection.spend for routing in records]).sum()

@@ -283,6 +283,8 @@ def _log(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
         prices=[policy.batch_price.value for policy in run.attachment.policies],
         weights=run.adversary.weights,
         near_one_hot=run.adversary.is_near_one_hot(run.config.robustness.alarm_below),
+        links=run.attachment.open_links,
+        exchanged=run.exchanged_bytes(float(state.window.spend.sum() / state.window.steps)),
         cumulative={
             "tokens": int(state.total.num_tokens.sum()),
             "flops": state.flops,

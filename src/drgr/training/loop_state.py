@@ -38,7 +38,7 @@ class LoopState:
         return StepTotals.zeros(
             num_domains=len(self._run.corpus.domains),
             num_layers=len(attachment.layer_names),
-            num_experts=attachment.policies[0].controller.prices.shape[0],
+            num_experts=attachment.num_experts,
         )
 
     def add(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from drgr.evaluation import layer_record, named
+from drgr.routing import congestion
 from drgr.training.adversary import DomainWeights
 from drgr.training.outer_loop import OuterReport
 from drgr.training.step import StepTotals
@@ -90,6 +91,8 @@ def training_record(
     prices: Sequence[Tensor | None],
     weights: DomainWeights,
     near_one_hot: bool,
+    links: Tensor | None,
+    exchanged: Record,
     cumulative: Record,
 ) -> Record:
     """Describes the steps since the last record.
@@ -102,15 +105,26 @@ def training_record(
         prices: Frozen batch price of each layer; ``None`` where none was learned.
         weights: The adversary's weights now.
         near_one_hot: Whether the adversary's weights are nearly on one domain.
+        links: Which links are open, shape ``(L, G, E)``; ``None`` without link gates.
+        exchanged: ``forward`` and ``backward`` bytes of a step under expert parallelism.
         cumulative: ``tokens``, ``flops``, ``seconds``, ``tokens_per_second``, ``learning_rate`` and
             ``domain_tokens`` by now.
     """
     num_layers = len(layer_names)
+    opened = [None] * num_layers if links is None else list(links.cpu())
     layers = [
-        layer_record(name, load.long()) | {"price": None if price is None else float(price)}
-        for name, load, price in zip(layer_names, window.expert_load, prices, strict=True)
+        layer_record(name, load.long())
+        | {
+            "price": None if price is None else float(price),
+            "congestion": congested(traffic, is_open),
+            "open_links": None if is_open is None else int(is_open.sum()),
+        }
+        for name, load, price, traffic, is_open in zip(
+            layer_names, window.expert_load, prices, window.traffic, opened, strict=True
+        )
     ]
     steps = float(window.steps)
+    flows = window.traffic.sum(dim=(0, 2)) / steps
     return {
         "kind": "train",
         "step": step,
@@ -129,6 +143,8 @@ def training_record(
         "budget": int(window.limit.sum()),
         "spend": int(window.spend.sum()),
         "batches_over": int(window.over),
+        "traffic": named(domains, flows) if bool(flows.any()) else None,
+        "exchanged_bytes": exchanged,
         "layers": layers,
     }
 
@@ -151,6 +167,14 @@ def outer_record(report: OuterReport, *, step: int, domains: Sequence[str]) -> R
         "gradient_norm": report.gradient_norm,
         "flops": report.flops,
     }
+
+
+def congested(traffic: Tensor, links: Tensor | None) -> float | None:
+    """Returns the congestion of a layer's traffic, ``(G, E)``; ``None`` where nothing flowed.
+
+    Links that closed since it was measured are left out, like all closed ones.
+    """
+    return float(congestion(traffic, links)) if bool(traffic.any()) else None
 
 
 def _whole_lines(path: Path) -> list[str]:

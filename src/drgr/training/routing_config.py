@@ -74,6 +74,27 @@ ControllerConfig = Annotated[
 ]
 
 
+class TrafficConfig(BaseModel):
+    """Gradient that flows from domains to experts, see :mod:`drgr.routing.traffic`."""
+
+    model_config = STRICT
+
+    measure: bool = True
+    """Whether it is measured in every step and reported."""
+    coefficient: NotNegative = 0.0
+    """Weight of the penalty on uneven traffic, averaged over layers, micro-batches and
+    processes."""
+
+    @model_validator(mode="after")
+    def _check_measured(self) -> "TrafficConfig":
+        if self.coefficient > 0 and not self.measure:
+            raise ValueError(
+                f"coefficient must be 0 where nothing is measured, got {self.coefficient:g} with "
+                f"measure false; the penalty needs the measurement"
+            )
+        return self
+
+
 class RoutingConfig(BaseModel):
     """Budget and balance of every MoE layer."""
 
@@ -84,3 +105,7 @@ class RoutingConfig(BaseModel):
     auxiliary_coefficient: NotNegative = 0.0
     """Weight of the Switch load-balancing loss, averaged over layers."""
     price_smoothing: Share = 0.9
+    traffic: TrafficConfig = TrafficConfig()
+    link_gates: bool = False
+    """Whether each link (domain, expert) has a gate, all open and 1 to begin with; what moves them
+    is an outer loop. See :mod:`drgr.routing.link_gates`."""

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -21,7 +22,14 @@ from drgr.errors import ConfigError
 from drgr.evaluation import average_mixture
 from drgr.integrations.transformers import Attachment, attach, enable_checkpointing, find_sites
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
-from drgr.routing import ControllerFactory, NoPrices, QuantileBalancing, SignBias
+from drgr.routing import (
+    ControllerFactory,
+    LinkGates,
+    NoPrices,
+    QuantileBalancing,
+    SignBias,
+    exchanged_bytes,
+)
 from drgr.training.adversary import DomainAdversary
 from drgr.training.config import (
     BudgetConfig,
@@ -74,6 +82,17 @@ class RunObjects:
         """Where the model lives."""
         return next(self.attachment.model.parameters()).device
 
+    def exchanged_bytes(self, assignments: float) -> dict[str, float]:
+        """Predicts what expert parallelism would send, in bytes of each direction of a step."""
+        dtype = self.settings.autocast or next(self.attachment.model.parameters()).dtype
+        forward, backward = exchanged_bytes(
+            assignments,
+            width=self.attachment.width,
+            bytes_per_value=dtype.itemsize,
+            gradient_checkpointing=self.config.training.gradient_checkpointing,
+        )
+        return {"forward": forward, "backward": backward}
+
 
 def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     """Builds the objects of a run, checking what only shows when settings meet data and model.
@@ -98,7 +117,8 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     # A group of its own keeps the selection's collectives in order among themselves, whatever the
     # gradient engine sends meanwhile.
     group = dist.new_group() if world_size() > 1 else None
-    attachment = _attach(config, model, budget, group)
+    gates = _link_gates(config, len(corpus.domains), experts, device)
+    attachment = _attach(config, model, budget, link_gates=gates, group=group)
     settings = _step_settings(config, device, group)
     adversary = build_adversary(config, corpus, sampling)
     inner, routers = split_parameters(model, config.outer)
@@ -297,8 +317,26 @@ def _check_vocabulary(model: Any, corpus: Corpus, path: str) -> None:
         )
 
 
+def _link_gates(
+    config: RunConfig, num_domains: int, experts: Mapping[str, Any], device: torch.device
+) -> LinkGates | None:
+    if not config.routing.link_gates:
+        return None
+    return LinkGates(
+        num_layers=len(experts),
+        num_sources=num_domains,
+        num_experts=next(iter(experts.values())).num_experts,
+        device=device,
+    )
+
+
 def _attach(
-    config: RunConfig, model: nn.Module, budget: TokenBudget, group: ProcessGroup | None
+    config: RunConfig,
+    model: nn.Module,
+    budget: TokenBudget,
+    *,
+    link_gates: LinkGates | None,
+    group: ProcessGroup | None,
 ) -> Attachment:
     try:
         return attach(
@@ -306,6 +344,7 @@ def _attach(
             budget=budget,
             controller=build_controller(config.routing.controller),
             price_smoothing=config.routing.price_smoothing,
+            link_gates=link_gates,
             group=group,
         )
     except ValueError as error:
@@ -323,12 +362,14 @@ def _forward_model(config: RunConfig, model: Any, device: torch.device) -> nn.Mo
 def _step_settings(
     config: RunConfig, device: torch.device, group: ProcessGroup | None
 ) -> StepSettings:
+    traffic = config.routing.traffic
     return StepSettings(
         batch_size=config.training.batch_size,
         accumulation=config.training.accumulation,
         sequence_length=config.data.sequence_length,
         seed=config.training.seed,
         auxiliary_coefficient=config.routing.auxiliary_coefficient,
+        traffic_coefficient=traffic.coefficient if traffic.measure else None,
         clip_norm=config.training.clip_norm,
         autocast=autocast_dtype(config, device),
         group=group,

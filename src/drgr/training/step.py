@@ -1,6 +1,7 @@
 """One optimizer step: forward and backward over the micro-batches of every process."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ class StepSettings:
         sequence_length: Tokens of a sequence.
         seed: Seed of the batches.
         auxiliary_coefficient: Weight of the load-balancing loss, averaged over layers.
+        traffic_coefficient: Weight of the penalty on uneven gradient traffic, averaged over layers;
+            ``None`` where traffic is not measured.
         clip_norm: Largest norm of the gradient.
         autocast: Dtype of matrix products, or ``None`` for that of the weights.
         group: Processes of the run.
@@ -38,6 +41,7 @@ class StepSettings:
     sequence_length: int
     seed: int
     auxiliary_coefficient: float
+    traffic_coefficient: float | None
     clip_norm: float
     autocast: torch.dtype | None
     group: ProcessGroup | None
@@ -63,6 +67,8 @@ class StepTotals:
         assignments: Assignments by domain over all layers, shape ``(G,)``.
         expert_load: Assignments by layer and expert, shape ``(L, E)``.
         spend: Assignments by layer, shape ``(L,)``.
+        traffic: Gradient traffic by layer, domain and expert in nats per unit of an expert's
+            output, shape ``(L, G, E)``; 0 where it is not measured.
         limit: Assignments allowed by layer, shape ``(L,)``.
         over: Selections that exceeded their limit, scalar. Always 0.
         objective: Sum over steps of the weighted loss in nats, scalar.
@@ -75,6 +81,7 @@ class StepTotals:
     num_tokens: Tensor
     assignments: Tensor
     expert_load: Tensor
+    traffic: Tensor
     spend: Tensor
     limit: Tensor
     over: Tensor
@@ -95,6 +102,7 @@ class StepTotals:
             num_tokens=zeros(num_domains),
             assignments=zeros(num_domains),
             expert_load=zeros(num_layers, num_experts),
+            traffic=zeros(num_layers, num_domains, num_experts),
             spend=zeros(num_layers),
             limit=zeros(num_layers),
             over=zeros(),
@@ -146,6 +154,9 @@ def train_step(
     forward_model.train()
     # All of them: parameters of an outer level get gradients here and have another optimizer.
     attachment.model.zero_grad(set_to_none=True)
+    if attachment.link_gates is not None:
+        # They move by held-out losses; gradients of training steps must not add up on them.
+        attachment.link_gates.values.grad = None
     for number, rows in enumerate(settings.rows):
         batch = draw_batch(
             corpus,
@@ -186,9 +197,11 @@ class _LocalSums:
     def __init__(self, attachment: Attachment, num_domains: int) -> None:
         device = next(attachment.model.parameters()).device
         num_layers = len(attachment.layer_names)
-        num_experts = attachment.policies[0].controller.prices.shape[0]
+        num_experts = attachment.num_experts
         self.local = torch.zeros(3, num_domains, dtype=torch.float64, device=device)
         self.load = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
+        shape = (num_layers, num_domains, num_experts)
+        self.traffic = torch.zeros(shape, dtype=torch.float64, device=device)
         self.scalars = torch.zeros(2, dtype=torch.float64, device=device)
         # Spend and limit are those of the whole batch already, on every process.
         self.shared = torch.zeros(2, num_layers, dtype=torch.int64, device=device)
@@ -196,9 +209,10 @@ class _LocalSums:
 
     def totals(self, gradient_norm: Tensor, group: ProcessGroup | None) -> StepTotals:
         """Sums over processes, in one collective."""
-        packed = torch.cat([self.local.flatten(), self.load.flatten().double(), self.scalars])
+        parts = [self.local, self.load.double(), self.traffic, self.scalars]
+        packed = torch.cat([part.flatten() for part in parts])
         packed = sum_over_processes(packed, group).cpu()
-        local, load, scalars = packed.split([self.local.numel(), self.load.numel(), 2])
+        local, load, traffic, scalars = packed.split([part.numel() for part in parts])
         loss_sums, num_tokens, assignments = local.view_as(self.local)
         spend, limit = self.shared.double().cpu()
         return StepTotals(
@@ -206,6 +220,8 @@ class _LocalSums:
             num_tokens=num_tokens,
             assignments=assignments,
             expert_load=load.view_as(self.load),
+            # The loss of a process is multiplied by their number.
+            traffic=traffic.view_as(self.traffic) / world_size(group),
             spend=spend,
             limit=limit,
             over=self.over.double().cpu(),
@@ -230,11 +246,15 @@ def _micro_batch(
     device = sums.local.device
     if isinstance(forward_model, DistributedDataParallel):
         forward_model.require_backward_grad_sync = is_last
+    domain = batch.domain.to(device)
     with torch.autocast(device.type, settings.autocast, enabled=settings.autocast is not None):
-        with attachment.record() as records:
+        with (
+            attachment.from_source(domain),
+            attachment.record() as records,
+            _traffic(attachment, settings, sums) as traffic,
+        ):
             output: Any = forward_model(input_ids=batch.input_ids.to(device), use_cache=False)
         losses = token_losses(output.logits, batch.labels.to(device))
-        domain = batch.domain.to(device)
         num_domains = sums.local.shape[1]
         loss_sums, num_tokens = domain_sums(losses, domain, num_domains)
         tokens_per_step = settings.batch_size * settings.sequence_length
@@ -244,10 +264,24 @@ def _micro_batch(
         auxiliary = _auxiliary(records, settings, sums) / settings.accumulation
         # Data parallelism averages gradients over processes; the objective is a sum over them.
         (objective * world_size(settings.group) + auxiliary).backward()
+    sums.traffic += traffic
     sums.local[0] += loss_sums.detach()
     sums.local[1] += num_tokens
     sums.scalars[0] += objective.detach()
     sums.scalars[1] += auxiliary.detach()
+
+
+def _traffic(
+    attachment: Attachment, settings: StepSettings, sums: _LocalSums
+) -> AbstractContextManager[Tensor | float]:
+    """Measures the gradient traffic of a micro-batch, if at all, and prices it."""
+    if settings.traffic_coefficient is None:
+        return nullcontext(0.0)
+    num_layers, num_domains, _ = sums.traffic.shape
+    return attachment.record_traffic(
+        num_sources=num_domains,
+        coefficient=settings.traffic_coefficient / (num_layers * settings.accumulation),
+    )
 
 
 def _add_records(

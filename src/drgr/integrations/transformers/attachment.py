@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
+from drgr._checks import check_shape
 from drgr.budgets import TokenBudget
+from drgr.integrations.transformers.attached_layer import AttachedLayer
 from drgr.integrations.transformers.contract import RouterContract, find_contract
 from drgr.integrations.transformers.experts import IMPLEMENTATION, check_skipping, register
 from drgr.integrations.transformers.padding import padding_mask
 from drgr.integrations.transformers.sites import MoeSite, find_sites
+from drgr.integrations.transformers.sources import Source, check_source, token_sources
 from drgr.routing import (
     BatchPrice,
     ControllerFactory,
     LayerRouting,
+    LinkGates,
     NoPrices,
-    RoutingPlan,
     RoutingPolicy,
-    expert_load,
+    TrafficMeter,
+    tap_traffic,
 )
 
 ROUTING_FILE = "routing.safetensors"
@@ -39,22 +43,32 @@ class Attachment:
     are untouched; the state of the routing is here, in :meth:`state_dict`.
     """
 
-    def __init__(self, model: nn.Module, layers: "tuple[_Layer, ...]") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[AttachedLayer, ...],
+        link_gates: LinkGates | None = None,
+    ) -> None:
         self.model = model
+        self.link_gates = link_gates
         self._layers = layers
         self._valid: Tensor | None = None
+        self._given_source: Source | None = None
+        self._source: Tensor | None = None
         self._records: list[list[LayerRouting]] = []
+        self._meters: list[tuple[TrafficMeter, ...]] = []
         # Read on every pass, since checkpointing may be switched on after attaching.
         self._checkpointed: list[Any] = [
             module for module in model.modules() if hasattr(module, "gradient_checkpointing")
         ]
         base = getattr(model, "base_model", model)
         self._handles: list[RemovableHandle] = [
-            base.register_forward_pre_hook(self._read_padding, with_kwargs=True)
+            base.register_forward_pre_hook(self._read_call, with_kwargs=True)
         ]
-        for layer in layers:
-            hook = partial(self._route, layer)
-            self._handles.append(layer.site.router.register_forward_hook(hook))
+        for number, layer in enumerate(layers):
+            route, tap = partial(self._route, number), partial(self._tap, number)
+            self._handles.append(layer.site.router.register_forward_hook(route))
+            self._handles.append(layer.site.experts.register_forward_hook(tap))
         config = layers[0].site.experts.config
         self._previous_implementation = config._experts_implementation
         config._experts_implementation = IMPLEMENTATION
@@ -68,6 +82,84 @@ class Attachment:
     def policies(self) -> tuple[RoutingPolicy, ...]:
         """The routing policy of each layer."""
         return tuple(layer.policy for layer in self._layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts ``E`` of a layer."""
+        return self._layers[0].site.num_experts
+
+    @property
+    def width(self) -> int:
+        """Width ``D`` of a token's vector, as experts receive it."""
+        return self._layers[0].site.width
+
+    @property
+    def open_links(self) -> Tensor | None:
+        """Which links are open, bool, shape ``(L, G, E)``; ``None`` without link gates."""
+        return None if self.link_gates is None else self.link_gates.is_open
+
+    @contextmanager
+    def from_source(self, source: Source) -> Iterator[None]:
+        """Says where the tokens of the forward passes inside come from, a domain for instance.
+
+        It determines which gates apply. A pass whose source is not known has every gate at 1 and
+        may use each link that is open for any source.
+
+        Args:
+            source: One source for all tokens, or int64 tensors of one source a sequence, shape
+                ``(B,)``, or a token, shape ``(B, S)``.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If it has another number of dimensions; in the forward pass, if its shape is
+                not that of the batch or a source is out of range.
+        """
+        check_source(source)
+        previous, self._given_source = self._given_source, source
+        try:
+            yield
+        finally:
+            self._given_source = previous
+
+    @contextmanager
+    def record_traffic(self, *, num_sources: int, coefficient: float = 0.0) -> Iterator[Tensor]:
+        """Yields a tensor that receives the gradient traffic of the forward passes inside.
+
+        Their backward passes fill it, also after the end of the context. Forward passes must know
+        their sources, see :meth:`from_source`. Padding has no traffic, and recomputation under
+        gradient checkpointing adds none.
+
+        Args:
+            num_sources: Number of sources ``G``.
+            coefficient: Coefficient of each layer's :func:`drgr.routing.traffic_penalty`; its
+                gradient joins that of the combine weights.
+
+        Returns:
+            Zeros to begin with, shape ``(L, G, E)``, float64, see
+            :func:`drgr.routing.gradient_traffic`.
+
+        Raises:
+            ValueError: If there are link gates of another number of sources.
+        """
+        device = next(self.model.parameters()).device
+        shape = (len(self._layers), num_sources, self.num_experts)
+        traffic = torch.zeros(shape, dtype=torch.float64, device=device)
+        links = self.open_links
+        if links is not None:
+            check_shape("link gates", links, shape)
+        meters = tuple(
+            TrafficMeter(
+                traffic=part,
+                coefficient=coefficient,
+                links=None if links is None else links[number],
+            )
+            for number, part in enumerate(traffic)
+        )
+        self._meters.append(meters)
+        try:
+            yield traffic
+        finally:
+            self._meters.remove(meters)
 
     @contextmanager
     def record(self) -> Iterator[list[LayerRouting]]:
@@ -104,22 +196,36 @@ class Attachment:
             layer.pending.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the prices of every layer by the name of its block."""
-        return {layer.site.name: layer.policy.state_dict() for layer in self._layers}
+        """Returns the prices of every layer, and its link gates, by the name of its block."""
+        state: dict[str, Any] = {}
+        for number, layer in enumerate(self._layers):
+            state[layer.site.name] = layer.policy.state_dict()
+            if self.link_gates is not None:
+                state[layer.site.name]["link_gates"] = self.link_gates.state_dict(number)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`state_dict`.
 
         Raises:
-            ValueError: If the layers differ.
+            ValueError: If the layers differ, or only one of the two has link gates.
         """
         if set(state) != set(self.layer_names):
             raise ValueError(
                 f"routing state must have the layers {sorted(self.layer_names)}, got "
                 f"{sorted(state)}; it belongs to another model"
             )
-        for layer in self._layers:
-            layer.policy.load_state_dict(state[layer.site.name])
+        for number, layer in enumerate(self._layers):
+            parts = state[layer.site.name]
+            if ("link_gates" in parts) != (self.link_gates is not None):
+                raise ValueError(
+                    f"routing state of {layer.site.name} has "
+                    f"{'' if self.link_gates is None else 'no '}link gates, but the model was "
+                    f"attached with{'out' if self.link_gates is None else ''} them; attach alike"
+                )
+            layer.policy.load_state_dict(parts)
+            if self.link_gates is not None:
+                self.link_gates.load_state_dict(number, parts["link_gates"])
 
     def save(self, directory: Path) -> None:
         """Writes the routing state as ``routing.safetensors``, beside a saved model."""
@@ -153,61 +259,62 @@ class Attachment:
         self._handles.clear()
         self._layers[0].site.experts.config._experts_implementation = self._previous_implementation
 
-    def _read_padding(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Reads the padding mask of a forward pass, and spreads its source over its tokens."""
         self._valid = padding_mask(module, args, kwargs)
+        self._source = None
+        if self._given_source is not None:
+            known = [meters[0].traffic.shape[0] for meters in self._meters]
+            known += [] if self.link_gates is None else [self.link_gates.values.shape[1]]
+            num_sources = min(known, default=None)
+            self._source = token_sources(self._given_source, num_sources, module, (args, kwargs))
+
+    def _tap(
+        self, number: int, experts: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        """Lets the backward pass of a layer's experts measure what flows through them."""
+        del experts
+        # The node of the pass that is being recomputed does that already.
+        if not self._meters or not torch.is_grad_enabled() or _is_recomputed():
+            return output
+        if self._source is None:
+            raise ValueError(
+                "record_traffic needs the source of each token, got none; run the forward pass "
+                "inside of attachment.from_source(...)"
+            )
+        _, expert_ids, weights = args
+        for meters in self._meters:
+            output = tap_traffic(
+                output, weights, source=self._source, expert_ids=expert_ids, meter=meters[number]
+            )
+        return output
 
     def _route(
-        self, layer: "_Layer", router: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
+        self, number: int, router: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         """Replaces the router's weights and indices by those of the policy."""
-        del args
+        del router, args
+        layer = self._layers[number]
         logits, weights, _, *rest = output
         scores = layer.contract.scores(logits)
-        is_recomputed = torch._C._current_graph_task_id() != -1
-        if is_recomputed:
+        if _is_recomputed():
             routing = layer.take_pending(logits)
+            combine = layer.weights_again(scores, routing)
         else:
-            routing = self._decide(layer, router, scores)
+            gates = None if self.link_gates is None else self.link_gates.layer(number)
+            routing = layer.decide(scores, valid=self._valid, source=self._source, gates=gates)
             self._deliver(layer, logits, routing)
+            combine = routing.plan.combine_weights
         plan = routing.plan
-        combine = plan.combine_weights
-        if is_recomputed:
-            combine = layer.contract.weights(scores, plan.expert_ids, plan.keep)
         expert_ids = plan.expert_ids.masked_fill(~plan.keep, layer.site.num_experts)
         return (logits, combine.to(weights.dtype), expert_ids, *rest)
 
-    def _decide(self, layer: "_Layer", router: nn.Module, scores: Tensor) -> LayerRouting:
-        valid = self._valid
-        if valid is not None and valid.shape[0] != scores.shape[0]:
-            raise ValueError(
-                f"{layer.site.name} routes {scores.shape[0]} tokens, but the attention mask has "
-                f"{valid.shape[0]}; pass a mask of the batch's own tokens"
-            )
-        values = layer.policy.price_scores(layer.contract.selectable(scores, router))
-        selection = layer.policy.select(values, valid=valid, exact=router.training)
-        plan = RoutingPlan(
-            expert_ids=selection.expert_ids,
-            combine_weights=layer.contract.weights(scores, selection.expert_ids, selection.keep),
-            keep=selection.keep,
-            expert_load=expert_load(selection.expert_ids, selection.keep, layer.site.num_experts),
-        )
-        return LayerRouting(
-            name=layer.site.name,
-            scores=scores,
-            values=values,
-            plan=plan,
-            selection=selection,
-            valid=valid,
-        )
-
-    def _deliver(self, layer: "_Layer", logits: Tensor, routing: LayerRouting) -> None:
+    def _deliver(self, layer: AttachedLayer, logits: Tensor, routing: LayerRouting) -> None:
         for records in self._records:
             records.append(routing)
         is_checkpointed = any(module.gradient_checkpointing for module in self._checkpointed)
         if layer.site.router.training and is_checkpointed:
-            if not torch.is_grad_enabled() and self._records:
+            if not torch.is_grad_enabled() and (self._records or self._meters):
                 raise ValueError(
                     "gradient checkpointing must not be reentrant while routing is recorded: the "
                     "router's gradient would be lost; enable it with use_reentrant=False"
@@ -215,28 +322,9 @@ class Attachment:
             layer.pending.append((logits.detach(), routing))
 
 
-@final
-class _Layer:
-    """One attached MoE block: where it is, what its router computes, and its policy."""
-
-    def __init__(self, site: MoeSite, contract: RouterContract, policy: RoutingPolicy) -> None:
-        self.site = site
-        self.contract = contract
-        self.policy = policy
-        self.pending: list[tuple[Tensor, LayerRouting]] = []
-
-    def take_pending(self, logits: Tensor) -> LayerRouting:
-        """Returns the decision of the forward pass that is being recomputed, told by its logits.
-
-        Deciding again would be wrong where processes share a batch: the others are not listening.
-        """
-        for index, (seen, _) in enumerate(self.pending):
-            if torch.equal(seen, logits.detach()):
-                return self.pending.pop(index)[1]
-        raise RuntimeError(
-            f"{self.site.name}: a forward pass is recomputed whose routing is not known; the "
-            f"router must see the same input again (deterministic layers, preserved random state)"
-        )
+def _is_recomputed() -> bool:
+    """Whether a backward pass is running: a forward pass inside of it is one of checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def attach(
@@ -245,6 +333,7 @@ def attach(
     budget: TokenBudget,
     controller: ControllerFactory | None = None,
     price_smoothing: float = 0.9,
+    link_gates: LinkGates | None = None,
     group: ProcessGroup | None = None,
 ) -> Attachment:
     """Makes every MoE layer of a transformers model route inside a budget.
@@ -258,6 +347,8 @@ def attach(
         budget: Bounds in experts, for each layer.
         controller: Builds a layer's expert-price controller; none by default.
         price_smoothing: Share of the batch price's average that a step keeps, in [0, 1).
+        link_gates: Gates of the links between sources and experts; none by default. Passes then
+            say where tokens come from, see :meth:`Attachment.from_source`.
         group: Processes that share a training batch, preferably a group of their own, so that these
             small collectives never interleave with those of gradients.
 
@@ -266,8 +357,8 @@ def attach(
 
     Raises:
         UnknownRouterError: If the model has no MoE layer or its routing cannot be verified.
-        ValueError: If the model is attached to already, or ``budget.maximum`` exceeds the experts
-            that a token may use.
+        ValueError: If the model is attached to already, ``budget.maximum`` exceeds the experts that
+            a token may use, or the link gates are of other layers or experts.
     """
     register()
     sites = find_sites(model)
@@ -286,8 +377,10 @@ def attach(
             batch_price=BatchPrice(smoothing=price_smoothing, device=device),
             group=group,
         )
-        layers.append(_Layer(site, contract, policy))
-    return Attachment(model, tuple(layers))
+        layers.append(AttachedLayer(site, contract, policy))
+    if link_gates is not None:
+        check_shape("link_gates", link_gates.values, (len(sites), None, sites[0].num_experts))
+    return Attachment(model, tuple(layers), link_gates)
 
 
 def _check_maximum(site: MoeSite, contract: RouterContract, budget: TokenBudget) -> None:

@@ -43,15 +43,26 @@ class RouterContract:
         logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
         return logits.softmax(dim=-1) if self.activation == "softmax" else logits.sigmoid()
 
-    def selectable(self, scores: Tensor, router: nn.Module) -> Tensor:
-        """Returns the detached scores to select by; ``-inf`` outside a token's groups."""
+    def selectable(self, scores: Tensor, router: nn.Module, usable: Tensor | None = None) -> Tensor:
+        """Returns the detached scores to select by; ``-inf`` outside a token's groups.
+
+        Args:
+            scores: Router scores, shape ``(T, E)``.
+            router: The router, for its correction bias.
+            usable: Which experts a token may select, bool, shape ``(T, E)`` or ``(1, E)``; others
+                get ``-inf``, lend nothing to their group, and a group of them is chosen last.
+        """
         values = scores.detach()
         if self.has_correction_bias:
             values = values + router.get_buffer("e_score_correction_bias")
+        if usable is not None:
+            values = values.masked_fill(~usable, -torch.inf)
         if self.num_top_groups == self.num_groups:
             return values
         grouped: Tensor = values.unflatten(1, (self.num_groups, -1))
-        group_values = grouped.topk(2, dim=-1).values.sum(dim=-1)
+        best = grouped.topk(2, dim=-1).values
+        group_values = best.masked_fill(best == -torch.inf, 0.0).sum(dim=-1)
+        group_values = group_values.masked_fill(best[..., 0] == -torch.inf, -torch.inf)
         top_groups = group_values.topk(self.num_top_groups, dim=-1).indices
         closed = torch.ones_like(group_values, dtype=torch.bool).scatter_(1, top_groups, False)
         return grouped.masked_fill(closed.unsqueeze(-1), -torch.inf).flatten(1)

@@ -28,6 +28,11 @@ class MoeSite:
     experts: Any
     num_experts: int
 
+    @property
+    def width(self) -> int:
+        """Width ``D`` of a token's vector."""
+        return self.router.get_parameter("weight").shape[1]
+
 
 def find_sites(model: nn.Module) -> tuple[MoeSite, ...]:
     """Finds every MoE block, in the order of the model's modules.
