@@ -54,6 +54,7 @@ OTHER_VALUES: dict[str, Any] = {
     "outer.update": "gradient",
     "outer.metric": "identity",
     "outer.solver.kind": "cg",
+    "outer.curvature": "hessian",
     "outer.horizon": 5.0,
     "outer.rate": 1.0,
     "outer.anchor_strength": 0.5,

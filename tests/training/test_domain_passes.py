@@ -62,7 +62,9 @@ def test_directional_derivatives_are_those_of_double_backward(run):
     batch = passes.draw("train", 3)
     direction = torch.cat([weight.detach().flatten() for weight in passes.inner])
     direction = direction * torch.linspace(-1, 1, len(direction)) * 0.1
-    found = passes.along(batch, direction, FACTORS, with_gradients=True)
+    found = passes.along(
+        batch, direction, FACTORS, routes=passes.routes(batch), with_gradients=True
+    )
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no second derivative
         means = domain_means(run, batch)
     tensors = [*passes.inner, *passes.outer]
@@ -74,9 +76,8 @@ def test_directional_derivatives_are_those_of_double_backward(run):
         [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, second, strict=True)]
     )
     for mine, theirs in ((found.inner, vector[:size]), (found.outer, vector[size:])):
-        # Where a token's route changes within the step, the loss has a jump.
-        assert torch.nn.functional.cosine_similarity(mine.double(), theirs, dim=0) > 0.99
-        assert (mine - theirs).norm() < 0.1 * theirs.norm()
+        # transformers normalises in float32, whatever the model is in.
+        assert (mine - theirs).norm() < 0.01 * theirs.norm()
     expected = torch.stack(
         [
             torch.cat(
@@ -86,10 +87,47 @@ def test_directional_derivatives_are_those_of_double_backward(run):
             for mean in means
         ]
     )
-    torch.testing.assert_close(found.losses, expected, rtol=0.02, atol=1e-4)
-    forward = passes.along(batch, direction, FACTORS, with_gradients=False)
+    torch.testing.assert_close(found.losses, expected, rtol=2e-3, atol=1e-6)
+    forward = passes.along(
+        batch, direction, FACTORS, routes=passes.routes(batch), with_gradients=False
+    )
     torch.testing.assert_close(forward.losses, found.losses)
     assert forward.inner is None
+
+
+def test_gauss_newton_products_are_those_of_dense_jacobians(run):
+    passes = run.outer.passes
+    batch = passes.draw("train", 3)
+    direction = torch.cat([weight.detach().flatten() for weight in passes.inner])
+    direction = direction * torch.linspace(-1, 1, len(direction)) * 0.1
+    found = passes.gauss_newton(batch, direction, FACTORS, routes=passes.routes(batch))
+    assert found @ direction > 0
+    model = run.attachment.model
+    model.eval()
+    expected = torch.zeros_like(found)
+    sizes = [weight.numel() for weight in passes.inner]
+    along = [
+        part.view_as(weight)
+        for part, weight in zip(direction.split(sizes), passes.inner, strict=True)
+    ]
+    for row, domain in enumerate(batch.domain.tolist()):
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = model(input_ids=batch.input_ids[row : row + 1], use_cache=False).logits[0]
+        # J z as the derivative of J' u in u: two backward passes, no differences.
+        dual = torch.zeros_like(logits, requires_grad=True)
+        pulled = torch.autograd.grad(logits, passes.inner, dual, create_graph=True)
+        inner_product = sum((p * a).sum() for p, a in zip(pulled, along, strict=True))
+        (pushed,) = torch.autograd.grad(inner_product, dual, retain_graph=True)
+        probabilities = torch.softmax(logits.detach(), dim=-1)
+        curved = torch.stack(
+            [
+                (torch.diag(p) - torch.outer(p, p)) @ j
+                for p, j in zip(probabilities, pushed, strict=True)
+            ]
+        )
+        back = torch.autograd.grad(logits, passes.inner, curved)
+        expected += FACTORS[domain] / 64 * torch.cat([part.flatten() for part in back])
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 def test_passes_are_counted_and_leave_nothing_behind(runs, run):
@@ -108,8 +146,10 @@ def test_passes_are_counted_and_leave_nothing_behind(runs, run):
     list(passes.gradients_by_domain(batch))
     assert passes.flops == pytest.approx(7 * forward, rel=1e-6)
     direction = torch.ones_like(flat(passes.inner))
-    passes.along(batch, direction, FACTORS, with_gradients=False)
-    assert passes.flops == pytest.approx(9 * forward, rel=0.02)
+    passes.along(batch, direction, FACTORS, routes=passes.routes(batch), with_gradients=False)
+    assert passes.flops == pytest.approx(10 * forward, rel=1e-6)
+    passes.gauss_newton(batch, direction, FACTORS, routes=passes.routes(batch))
+    assert passes.flops == pytest.approx(16 * forward, rel=1e-6)
     assert model.training
     runs.assert_same(runs.final_state(run), before)
 

@@ -128,10 +128,30 @@ def test_lookahead_predicts_with_the_transfer_matrix(runs, corpus, tmp_path):
     assert report.gap <= 1e-4
 
 
+def test_cg_solves_the_damped_gauss_newton_system(runs, corpus, tmp_path):
+    """Enough steps leave a small residual, and a warm start profits from the last solve."""
+    options = {"update": "gradient", "horizon": 0.05, "windows": 1}
+    run = trained(runs, corpus, tmp_path / "one", solver=cg(1), **options)
+    rough = step(run, 7)
+    assert (rough.status, rough.num_hvps) == ("max-steps", 2)
+    run = trained(runs, corpus, tmp_path / "more", solver=cg(60), **options)
+    found = step(run, 7)
+    assert found.status == "converged"
+    assert found.residual < 0.015 < rough.residual
+    assert found.curvature > 0
+    run.outer.mixture = run.adversary.base_sampling.clone()
+    again = step(run, 7)
+    assert again.num_hvps < found.num_hvps
+
+
+def cg(steps):
+    return {"kind": "cg", "max_steps": steps, "rtol": 0.01}
+
+
 def test_without_a_minimum_the_response_leaves_the_hessian_out(runs, corpus, tmp_path):
     options = {"variables": ["mixture"], "update": "gradient", "horizon": 20.0}
     solver = {"kind": "cg", "max_steps": 6}
-    run = trained(runs, corpus, tmp_path / "cg", solver=solver, **options)
+    run = trained(runs, corpus, tmp_path / "cg", solver=solver, curvature="hessian", **options)
     report = step(run, 7)
     assert report.status == "negative-curvature"
     assert report.curvature < -1

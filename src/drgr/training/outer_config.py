@@ -60,6 +60,8 @@ class OuterConfig(BaseModel):
     """What stands for the optimizer in the inner level's response."""
     solver: SolverConfig = NoSolverConfig()
     """How the inner Hessian is inverted; ``lookahead`` takes none."""
+    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton"
+    """What the solver inverts: the Gauss-Newton matrix, which is never negative, or the Hessian."""
     horizon: Positive | None = None
     """Steps that the inner level is taken to respond for; ``every`` by default."""
     rate: Positive = 2.0

@@ -9,12 +9,14 @@ of the damped inner problem:
 
 With ``H`` left out, ``z`` is what ``horizon`` steps of the optimizer along ``b`` would do; a gain
 is then a predicted fall of ``F`` in its own unit. The horizon bounds how far the local model of a
-problem without a strict minimum is trusted, as damping does elsewhere.
+problem without a strict minimum is trusted, as damping does elsewhere. The Hessian of a network is
+indefinite at every useful horizon, so that its Gauss-Newton matrix stands in by default.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -22,7 +24,8 @@ from torch import Tensor
 
 from drgr.ambiguity import WorstCase
 from drgr.bilevel import LinearSolver, LinearSystem, SolveStatus, adam_diagonal
-from drgr.training.domain_passes import DomainPasses
+from drgr.data import Batch
+from drgr.training.domain_passes import DomainPasses, Routes
 from drgr.training.mixture import entropic_step, lookahead_mixture
 
 # Least entry of Adam's metric as a share of the mean: a damping that is nowhere 0.
@@ -38,6 +41,7 @@ class OuterSettings:
         lookahead: Whether it moves to the least predicted worst case, or along the hypergradient.
         adam_metric: Whether the metric is Adam's, or the identity.
         solver: Solves with the inner Hessian; None leaves it out.
+        gauss_newton: Whether the Gauss-Newton matrix stands for the inner Hessian.
         horizon: Steps of the inner response.
         rate: Step size of the mixture along the hypergradient.
         anchor: Mixture to stay close to, shape ``(G,)``.
@@ -50,6 +54,7 @@ class OuterSettings:
     lookahead: bool
     adam_metric: bool
     solver: LinearSolver | None
+    gauss_newton: bool
     horizon: float
     rate: float
     anchor: Tensor
@@ -209,19 +214,21 @@ class OuterLoop:
         slope, direct, _ = passes.gradient(passes.draw("validation", step), weights * settings.unit)
         report = OuterReport(mixture=self.mixture, gain=torch.zeros_like(self.mixture))
         root = self._response(slope.square()).sqrt()
-        direction = self._solve(slope, root, step, report)
+        batch = passes.draw("train", step)
+        routes = passes.routes(batch)
+        product = partial(self._product, batch, routes)
+        direction = self._solve(slope, root, product, report)
         change = passes.along(
-            passes.draw("train", step),
+            batch,
             direction,
             self.mixture,
+            routes=routes,
             with_gradients=self._outer_optimizer is not None,
         )
-        report.gain = self._gains.updated(change.losses)
+        gain = report.gain = self._gains.updated(change.losses)
         report.scale = self._calibration.updated(value.reshape(1))
-        predicted = self.mixture @ report.gain
-        self._calibration.predict(predicted.reshape(1), value.reshape(1))
         if settings.moves_mixture and report.scale is not None:
-            report.gain = report.scale * report.gain
+            report.gain = report.scale * gain
             report.mixture = entropic_step(
                 self.mixture,
                 report.gain,
@@ -229,40 +236,50 @@ class OuterLoop:
                 anchor=settings.anchor,
                 anchor_strength=settings.anchor_strength,
             )
-        if change.inner is not None:
-            left = root * (slope - change.inner) - direction / root
-            report.residual = (left.norm() / (root * slope).norm()).item()
+        self._calibration.predict((report.mixture @ gain).reshape(1), value.reshape(1))
         if self._outer_optimizer is not None and change.outer is not None:
             hypergradient = direct - change.outer
             report.gradient_norm = hypergradient.norm().item()
             self._move_outer(self._outer_optimizer, hypergradient)
         return report
 
-    def _solve(self, slope: Tensor, root: Tensor, step: int, report: OuterReport) -> Tensor:
+    def _product(self, batch: Batch, routes: Routes, vector: Tensor) -> Tensor:
+        """Returns the product of the curvature of ``g`` with a vector."""
+        passes = self.passes
+        if self.settings.gauss_newton:
+            return passes.gauss_newton(batch, vector, self.mixture, routes=routes)
+        change = passes.along(batch, vector, self.mixture, routes=routes, with_gradients=True)
+        assert change.inner is not None
+        return change.inner
+
+    def _solve(
+        self,
+        slope: Tensor,
+        root: Tensor,
+        product: Callable[[Tensor], Tensor],
+        report: OuterReport,
+    ) -> Tensor:
         """Returns ``z``, solved for in the metric in which the damping is 1.
 
         Where the solver meets negative curvature the local problem has no minimum, and what it
         stopped at may be far off; the response without ``H`` stands in, and the status says so.
         """
+        rhs = root * slope
         if self.settings.solver is None:
-            return root * root * slope
-        batch = self.passes.draw("train", step)
+            return root * rhs
 
         def apply(vector: Tensor) -> Tensor:
-            if not bool(vector.any()):
-                return vector
-            change = self.passes.along(batch, root * vector, self.mixture, with_gradients=True)
-            assert change.inner is not None
-            return root * change.inner + vector
+            return root * product(root * vector) + vector if bool(vector.any()) else vector
 
-        rhs = root * slope
         found = self.settings.solver.solve(LinearSystem(apply=apply, rhs=rhs), self._warm)
         is_usable = found.status is not SolveStatus.NEGATIVE_CURVATURE
         self._warm = found.point if is_usable else None
+        point = found.point if is_usable else rhs
         report.status = found.status.name.lower().replace("_", "-")
-        report.num_hvps = found.num_products
+        report.residual = ((rhs - apply(point)).norm() / rhs.norm()).item()
+        report.num_hvps = found.num_products + 1
         report.curvature = found.curvature - 1 if math.isfinite(found.curvature) else None
-        return root * (found.point if is_usable else rhs)
+        return root * point
 
     def _move_outer(self, optimizer: torch.optim.Optimizer, hypergradient: Tensor) -> None:
         sizes = [tensor.numel() for tensor in self.passes.outer]

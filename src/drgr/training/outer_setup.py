@@ -90,6 +90,7 @@ def build_outer(
             lookahead=settings.update == "lookahead",
             adam_metric=settings.metric == "adam",
             solver=build_solver(settings.solver),
+            gauss_newton=settings.curvature == "gauss-newton",
             horizon=settings.horizon or float(settings.every),
             rate=settings.rate,
             anchor=anchor,

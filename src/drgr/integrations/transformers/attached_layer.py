@@ -1,5 +1,8 @@
 """One MoE block of an attached model: from its router's logits to a routing decision."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import final
 
 import torch
@@ -19,6 +22,7 @@ class AttachedLayer:
         self.contract = contract
         self.policy = policy
         self.pending: list[tuple[Tensor, LayerRouting]] = []
+        self.replayed: LayerRouting | None = None
 
     def decide(
         self,
@@ -45,6 +49,8 @@ class AttachedLayer:
                     f"{self.site.name} routes {scores.shape[0]} tokens, but the {name} has "
                     f"{given.shape[0]}; pass a {name.split()[-1]} of the batch's own tokens"
                 )
+        if self.replayed is not None:
+            return self._replay(self.replayed, scores)
         router = self.site.router
         usable = None if gates is None else gates.usable(source)
         values = self.policy.price_scores(self.contract.selectable(scores, router, usable))
@@ -67,6 +73,16 @@ class AttachedLayer:
             gates=gates,
         )
 
+    def _replay(self, routing: LayerRouting, scores: Tensor) -> LayerRouting:
+        """Returns an earlier decision with the weights that follow from other scores."""
+        if routing.scores.shape != scores.shape:
+            raise ValueError(
+                f"{self.site.name} routes {scores.shape[0]} tokens, but the pass to replay had "
+                f"{routing.scores.shape[0]}; replay it on its own batch"
+            )
+        plan = replace(routing.plan, combine_weights=self.weights_again(scores, routing))
+        return replace(routing, scores=scores, plan=plan)
+
     def weights_again(self, scores: Tensor, routing: LayerRouting) -> Tensor:
         """Returns the combine weights of a decision, from scores that are computed again."""
         plan = routing.plan
@@ -85,6 +101,18 @@ class AttachedLayer:
             f"{self.site.name}: a forward pass is recomputed whose routing is not known; the "
             f"router must see the same input again (deterministic layers, preserved random state)"
         )
+
+
+@contextmanager
+def replayed(layers: Sequence[AttachedLayer], records: Sequence[LayerRouting]) -> Iterator[None]:
+    """Makes every layer decide as in a recorded pass."""
+    for layer, routing in zip(layers, records, strict=True):
+        layer.replayed = routing
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.replayed = None
 
 
 def _gated(

@@ -1,7 +1,7 @@
 """Attaches routing policies to a transformers MoE model, and takes them off again."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, final
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from drgr._checks import check_shape
 from drgr.budgets import TokenBudget
-from drgr.integrations.transformers.attached_layer import AttachedLayer
+from drgr.integrations.transformers.attached_layer import AttachedLayer, replayed
 from drgr.integrations.transformers.contract import RouterContract, find_contract
 from drgr.integrations.transformers.experts import IMPLEMENTATION, check_skipping, register
 from drgr.integrations.transformers.padding import padding_mask
@@ -173,6 +173,10 @@ class Attachment:
             yield records
         finally:
             self._records.remove(records)
+
+    def replay(self, records: list[LayerRouting]) -> AbstractContextManager[None]:
+        """Routes passes over the same batch as a recorded one; weights follow from new scores."""
+        return replayed(self._layers, records)
 
     def observe(self, records: list[LayerRouting]) -> None:
         """Shows one training micro-batch to every layer's controller and batch price.
