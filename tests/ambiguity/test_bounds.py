@@ -200,6 +200,17 @@ def test_6_6_the_regret_of_a_robust_choice(problem, exponent, seed):
         assert (regrets <= bounds + 1e-8 * size).all()
 
 
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(), exponent=st.floats(-4, 1))
+def test_6_6_the_regret_in_a_chi_square_ball(problem, exponent):
+    losses, nominal = problem
+    radius = 10.0**exponent
+    bound = regret_bound(losses, divergence=ChiSquare(), radius=radius, nominal=nominal).item()
+    mean = (nominal * losses).sum()
+    deviation = (nominal * (losses - mean).square()).sum().sqrt().item()
+    assert bound <= 2 * math.sqrt(2 * radius) * deviation + 1e-9 * (1 + losses.abs().max().item())
+
+
 def test_6_6_is_reached():
     losses, radius = torch.tensor([1.0, 2.0, 4.0], dtype=DOUBLE), 0.1
     # Robustly as good as constant losses; these are bad where the others are good.

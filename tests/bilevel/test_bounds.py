@@ -1,7 +1,10 @@
 """The bounds of docs/theory.md, sections 2 to 5: each holds, and each is reached."""
 
+import inspect
 import math
+import re
 from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -10,13 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from drgr.bilevel import (
-    LinearSolution,
-    ProximalAlternating,
-    SolveStatus,
-    hypergradient,
-    proximal_alternating,
-)
+from drgr import bilevel
+from drgr.bilevel import LinearSolution, ProximalAlternating, SolveStatus, hypergradient
 from drgr.bilevel.bounds import (
     HIDDEN_SHARE,
     SUFFICIENT_DECREASE,
@@ -207,9 +205,31 @@ def gaps(point):
 
 
 def test_the_constants_are_those_of_the_method():
-    assert proximal_alternating._SIGMA == SUFFICIENT_DECREASE
-    assert proximal_alternating._HIDDEN == HIDDEN_SHARE
-    assert proximal_alternating._SHRINK == 0.5
+    folder = Path(inspect.getfile(bilevel)).parent
+    text = "\n".join(path.read_text() for path in folder.glob("*.py"))
+
+    def value(name):
+        (found,) = re.findall(rf"^_?{name} = (\S+)$", text, flags=re.MULTILINE)
+        return float(found)
+
+    assert value("SIGMA") == SUFFICIENT_DECREASE
+    assert value("HIDDEN") == HIDDEN_SHARE
+    assert "_SHRINK, _GROW = 0.5, 1.5" in text
+
+
+@settings(max_examples=25, deadline=None)
+@given(point=points(), size=st.floats(-3, 0.5))
+def test_2_1_and_2_2_the_inner_solution(point, size):
+    instance, x = point.instance, point.x
+    solution = instance.solution(x)
+    slope = instance.slopes(x, point.y)[2].norm()
+    assert (point.y - solution).norm() <= slope / instance.regularity.curvature + 1e-10
+    moved = x + 10.0**size * torch.ones(3, dtype=DOUBLE)
+    distance = (instance.solution(moved) - solution).norm()
+    assert distance <= instance.regularity.sensitivity * (moved - x).norm() + 1e-10
+    step = 1e-5 * torch.ones(3, dtype=DOUBLE)
+    change = instance.value(x + step) - instance.value(x - step)
+    assert change == pytest.approx(2 * (instance.gradient(x) @ step).item(), rel=1e-4, abs=1e-9)
 
 
 @settings(max_examples=25, deadline=None)
@@ -301,6 +321,45 @@ def test_3_1_5_7_a_proximal_step(seed, size, noise):
         instance.value(point) + threshold * point.abs().sum().item() for point in (x, moved)
     )
     assert after <= before - fall + 1e-9 * (1 + abs(before) + abs(fall))
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10_000), size=st.floats(-2, 1), noise=st.floats(0, 1))
+def test_3_1_converse_and_convex_case(seed, size, noise):
+    """On a convex value, of which proximal steps find the minimum."""
+    instance, normal = random_instance(seed, bend=0.0)
+    instance = instance._replace(quadratic=instance.quadratic @ instance.quadratic)
+    smoothness = hypergradient_smoothness(instance.regularity, outer_gradient=0.0)
+    threshold, step_size, best = 0.3, 10.0**size, torch.zeros(3, dtype=DOUBLE)
+
+    def stepped(x, slope, step_size):
+        return soft_threshold(x - step_size * slope, threshold=step_size * threshold)
+
+    def value(x):
+        return instance.value(x) + threshold * x.abs().sum().item()
+
+    # The value is quadratic: its gradient is that at 0 plus a matrix times x.
+    at_zero = instance.gradient(best)
+    columns = [instance.gradient(unit) - at_zero for unit in torch.eye(3, dtype=DOUBLE)]
+    curvature = torch.stack(columns)
+    for _ in range(500):
+        best = stepped(best, at_zero + curvature @ best, 1 / smoothness)
+    rest = (best - stepped(best, instance.gradient(best), 1 / smoothness)).norm() * smoothness
+    error = noise * normal(3)
+    moved = stepped(best, instance.gradient(best) + error, step_size)
+    if rest < 1e-10:
+        assert (best - moved).norm() / step_size <= error.norm() + 1e-7 / step_size
+    x = normal(3)
+    slope = instance.gradient(x) + error
+    moved = stepped(x, slope, step_size)
+    bound = stationarity_bound(
+        mapping=(x - moved).norm().item() / step_size,
+        step_size=step_size,
+        smoothness=smoothness,
+        error=error.norm().item(),
+    )
+    gap = value(moved) - value(best)
+    assert gap <= bound * (moved - best).norm().item() + 1e-8 * (1 + abs(value(moved)))
 
 
 def test_3_1_and_5_7_are_reached():
@@ -463,6 +522,25 @@ def test_5_4_gradient_descent_shrinks_the_inner_gradient(seed, share, num_steps)
     assert after <= factor * before * (1 + ROUNDING)
 
 
+@pytest.mark.parametrize("condition", [1.0, 1.5, 10.0, 1e4])
+def test_5_4_how_many_steps_are_enough(condition):
+    contraction = inner_contraction(
+        curvature=1.0,
+        largest_curvature=condition,
+        rate=1 / condition,
+        num_steps=math.ceil(1.25 * condition),
+    )
+    assert contraction <= MOST_CONTRACTION
+    if condition > 100:
+        fewer = inner_contraction(
+            curvature=1.0,
+            largest_curvature=condition,
+            rate=1 / condition,
+            num_steps=math.floor(1.24 * condition),
+        )
+        assert fewer > MOST_CONTRACTION
+
+
 def test_5_4_is_reached():
     instance = scalar_instance()
     x, y = scalar(0.0), scalar(1.0)
@@ -555,6 +633,19 @@ def test_5_5_is_nearly_reached():
 
     assert is_kept(step_size)
     assert not is_kept(1.25 * step_size)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), sizes=st.tuples(*[st.floats(-3, 3)] * 2))
+def test_5_5_mappings_grow_as_steps_shrink(seed, sizes):
+    generator = torch.Generator().manual_seed(seed)
+    x, slope = torch.randn(2, 4, generator=generator, dtype=DOUBLE)
+    lengths = []
+    for size in sorted(sizes):
+        step_size = 10.0**size
+        moved = soft_threshold(x - step_size * slope, threshold=0.5 * step_size)
+        lengths.append((x - moved).norm().item() / step_size)
+    assert lengths[0] >= lengths[1] * (1 - ROUNDING) - 1e-9
 
 
 @settings(max_examples=8, deadline=None)

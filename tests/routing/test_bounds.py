@@ -12,8 +12,10 @@ from drgr.routing import bounds
 from drgr.routing.bounds import (
     closing_cost,
     loss_change,
+    loss_rise,
     most_bytes,
     most_open_links,
+    output_change,
     truncation_error,
 )
 
@@ -70,6 +72,37 @@ def test_7_1_dropped_experts(seed, top, renormalised):
     mass = (layer.gates * ~kept).sum(dim=-1)
     crude = (2 if renormalised else 1) * mass * layer.norms.amax(dim=-1)
     assert (bound <= crude + 1e-12).all()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=seeds, scale=st.floats(0.1, 10))
+def test_7_1_and_7_3_another_selection(seed, scale):
+    """Closed links whose places other experts take, as top-k selection fills them."""
+    layer = Layer(seed)
+    target = layer.normal(12, 3)
+    before, after = (
+        torch.zeros_like(gates).scatter(1, gates.topk(2).indices, gates.topk(2).values)
+        for gates in (layer.gates, layer.gates.masked_fill(~layer.kept, 0.0))
+    )
+    old, new = layer.combined(before), layer.combined(after)
+    bound = output_change(before, after, layer.norms)
+    assert ((old - new).norm(dim=-1) <= bound + 1e-12).all()
+    slopes = (scale * (old - target)).norm(dim=-1)
+
+    def loss(outputs):
+        return scale / 2 * (outputs - target).square().sum()
+
+    assert loss(new) <= loss(old) + loss_rise(slopes, bound, smoothness=scale) + 1e-9
+
+
+def test_7_1_and_7_3_another_selection_are_reached():
+    # An expert that answers -2 is replaced by one that answers 1; the loss is y^2 / 2 at y = 1.
+    before = torch.tensor([[0.0, 0.5, 0.0]], dtype=DOUBLE)
+    after = torch.tensor([[0.0, 0.0, 0.5]], dtype=DOUBLE)
+    change = output_change(before, after, torch.tensor([[0.0, 2.0, 1.0]], dtype=DOUBLE))
+    assert change.item() == pytest.approx(0.5 * 1 - 0.5 * -2)
+    rise = loss_rise(torch.ones(1, dtype=DOUBLE), change, smoothness=1.0)
+    assert rise.item() == pytest.approx((1 + 1.5) ** 2 / 2 - 1 / 2)
 
 
 @pytest.mark.parametrize("renormalised", [False, True])
@@ -176,7 +209,7 @@ def test_7_5_bytes_of_a_plan(seed, top):
     layer = Layer(seed)
     gates = layer.gates.masked_fill(~layer.kept, 0.0)
     chosen = torch.zeros_like(layer.kept).scatter(1, gates.topk(top).indices, value=True)
-    moved = 2 * int((chosen & (gates > 0)).sum()) * 16 * 4
+    moved = 4 * int((chosen & (gates > 0)).sum()) * 16 * 4
     tokens = torch.bincount(layer.sources)
     bound = most_bytes(
         tokens, (~layer.closed).sum(dim=1), max_experts=top, width=16, bytes_per_value=4
@@ -213,6 +246,10 @@ def test_arguments_out_of_range():
         truncation_error(-gates, kept, gates)
     with pytest.raises(ValueError, match="lipschitz"):
         loss_change(torch.ones(2), torch.ones(3))
+    with pytest.raises(ValueError, match="after"):
+        output_change(gates, gates[:1], gates)
+    with pytest.raises(ValueError, match="slopes"):
+        loss_rise(-torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match="closed"):
         closing_cost(gates, kept[:1], largest_norm=1.0)
     with pytest.raises(ValueError, match="width"):

@@ -293,8 +293,9 @@ def damped_merit_floor(
 
     Examples:
         >>> problem = Regularity(curvature=1.0, cross=1.0, outer_smoothness=0.0)
-        >>> damped_merit_floor(problem, weight=2.0, auxiliary_norm=3.0, damping=0.1)
-        0.030000000000000006
+        >>> found = damped_merit_floor(problem, weight=2.0, auxiliary_norm=3.0, damping=0.1)
+        >>> round(found, 12)
+        0.03
     """
     check_not_negative("damping", damping)
     least = _least_weight(problem, weight, auxiliary_norm)

@@ -11,6 +11,36 @@ from torch import Tensor
 from drgr._checks import check_not_negative, check_positive, check_shape
 
 
+def output_change(before: Tensor, after: Tensor, norms: Tensor) -> Tensor:
+    r"""Bounds how far other gates move the output of a layer (theory.md 7.1).
+
+    Let ``y_t = sum_e pi_te f_e(t)``. Then ``|y_t - y'_t| <= sum_e |pi_te - pi'_te| |f_e(t)|``,
+    whatever the reason: closed links, another selection, a projection onto a budget.
+
+    Args:
+        before: ``pi``, 0 where an expert does not run, shape ``(T, E)``.
+        after: ``pi'``, likewise.
+        norms: ``|f_e(t)|`` or bounds on it, shape ``(T, E)``.
+
+    Returns:
+        Shape ``(T,)``, dtype of the gates.
+
+    Raises:
+        ValueError: If a shape is wrong or a norm negative.
+
+    Examples:
+        >>> import torch
+        >>> before, after = torch.tensor([[0.75, 0.25, 0.0]]), torch.tensor([[0.75, 0.0, 0.25]])
+        >>> output_change(before, after, torch.ones(1, 3))
+        tensor([0.5000])
+    """
+    check_shape("before", before, (None, None))
+    for name, tensor in (("after", after), ("norms", norms)):
+        check_shape(name, tensor, before.shape)
+    check_not_negative("norms", norms.min().item() if norms.numel() else 0.0)
+    return ((before - after).abs() * norms).sum(dim=-1)
+
+
 def truncation_error(
     gates: Tensor, kept: Tensor, norms: Tensor, *, renormalised: bool = False
 ) -> Tensor:
@@ -85,6 +115,35 @@ def loss_change(errors: Tensor, lipschitz: Tensor) -> Tensor:
     return torch.dot(errors, lipschitz)
 
 
+def loss_rise(slopes: Tensor, changes: Tensor, *, smoothness: float = 0.0) -> Tensor:
+    r"""Bounds by how much changed outputs raise a loss (theory.md 7.3).
+
+    ``sum_t |dL/dy_t| e_t + beta / 2 sum_t e_t^2``.
+
+    Args:
+        slopes: ``|dL/dy_t|`` before the change, shape ``(T,)``.
+        changes: ``e_t``, of :func:`output_change` for instance, shape ``(T,)``.
+        smoothness: ``beta``, the Lipschitz constant of ``dL/dy`` in the outputs of all tokens.
+
+    Returns:
+        Shape ``()``.
+
+    Raises:
+        ValueError: If shapes differ or a number is negative.
+
+    Examples:
+        >>> import torch
+        >>> loss_rise(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.25]))
+        tensor(1.)
+    """
+    check_shape("slopes", slopes, (None,))
+    check_shape("changes", changes, slopes.shape)
+    for name, tensor in (("slopes", slopes), ("changes", changes)):
+        check_not_negative(name, tensor.min().item() if tensor.numel() else 0.0)
+    check_not_negative("smoothness", smoothness)
+    return torch.dot(slopes, changes) + smoothness / 2 * changes.square().sum()
+
+
 def closing_cost(
     traffic: Tensor,
     closed: Tensor,
@@ -101,7 +160,8 @@ def closing_cost(
     Args:
         traffic: ``A_re = sum_t |dL/dy_t| pi_te`` over the tokens of source ``r``, before closing,
             shape ``(R, E)``.
-        closed: Links to close, shape ``(R, E)``, bool; the gates that stay keep their values.
+        closed: Links to close, shape ``(R, E)``, bool. The gates that stay keep their values, and
+            no other expert takes the free place; where one does, take :func:`loss_rise`.
         largest_norm: ``b``, the largest ``|f_e(t)|``.
         squared_errors: ``sum_t e_t^2`` with ``e_t`` of :func:`truncation_error`.
         smoothness: ``beta``, the Lipschitz constant of ``dL/dy`` in the outputs of all tokens.
@@ -134,7 +194,7 @@ def most_bytes(
     max_experts: int,
     width: int,
     bytes_per_value: int,
-    num_transfers: int = 2,
+    num_transfers: int = 4,
 ) -> int:
     r"""Bounds the bytes that tokens and gradients move in a step of one layer (theory.md 7.5).
 
@@ -146,8 +206,9 @@ def most_bytes(
         max_experts: ``K``, most experts of a token.
         width: Values sent for an assignment.
         bytes_per_value: Bytes of each.
-        num_transfers: Times that an assignment crosses a link in one direction: 2 for a forward and
-            a backward pass, 4 if what comes back (the combine step) is counted as well.
+        num_transfers: Times that an assignment crosses a link: to the expert and back, in the
+            forward and in the backward pass; 6 if the forward pass is repeated, 2 if only one
+            direction counts.
 
     Raises:
         ValueError: If a shape is wrong or a number out of range.
@@ -156,7 +217,7 @@ def most_bytes(
         >>> import torch
         >>> tokens, links = torch.tensor([10, 10]), torch.tensor([1, 4])
         >>> most_bytes(tokens, links, max_experts=2, width=8, bytes_per_value=2)
-        960
+        1920
     """
     check_shape("num_tokens", num_tokens, (None,))
     check_shape("open_links", open_links, num_tokens.shape)
@@ -176,13 +237,13 @@ def most_bytes(
 def most_open_links(*, slope: float, mapping: float, penalty: float) -> float:
     r"""Bounds how many groups a proximal step leaves open (theory.md 7.6).
 
-    ``((|h| + |G|) / omega)^2``: with ``x+ = prox(x - alpha h)`` for ``omega sum_g |x_g|``, and ``G
-    = (x - x+) / alpha``, which is 0 at a stationary point.
+    ``((|h| + |G|) / omega)^2``: with ``x+ = prox(x - alpha h)`` for ``sum_g omega_g |x_g|``, and
+    ``G = (x - x+) / alpha``, which is 0 at a stationary point.
 
     Args:
         slope: ``|h|``, norm of the hypergradient in the gates.
         mapping: ``|G|``.
-        penalty: ``omega > 0`` of every group.
+        penalty: ``omega > 0``, the least ``omega_g`` of the groups.
 
     Raises:
         ValueError: If a number is out of range.
