@@ -250,6 +250,34 @@ def test_2_4_is_reached():
     assert change == pytest.approx(bound, rel=ROUNDING)
 
 
+def test_2_3_and_3_2_the_change_of_the_hessian_is_nearly_reached():
+    # Curvature 0.5 to 0.51, whose slope is largest at y = 1/2.
+    instance = scalar_instance()._replace(bend=0.01)
+    y = scalar(0.5)
+    x = 0.5 * y + 0.01 * y / (1 + y**2).sqrt()
+    off = y + 1e-3
+    _, by_inner, _, hessian, _ = instance.slopes(x, off)
+    found = evaluated(instance, x, off, by_inner / hessian[0])
+    bound = hypergradient_error(
+        instance.regularity,
+        inner_gradient=found.inner_gradient,
+        residual_norm=found.residual_norm,
+        outer_gradient=found.outer_gradient,
+    )
+    error = (found.grads - instance.gradient(x)).norm().item()
+    assert 0.93 * bound <= error <= bound
+
+
+def test_2_3_and_2_4_the_change_of_the_cross_derivative_is_nearly_reached():
+    instance = scalar_instance(curvature=1.0, cross=0.0)._replace(
+        bend=0.01, waves=torch.ones((1, 1), dtype=DOUBLE)
+    )
+    x = scalar(math.pi / 2)
+    bound = hypergradient_smoothness(instance.regularity, outer_gradient=1.0)
+    change = (instance.gradient(x + 1e-3) - instance.gradient(x - 1e-3)).norm().item() / 2e-3
+    assert 0.93 * bound <= change <= bound
+
+
 @settings(max_examples=40, deadline=None)
 @given(point=points())
 def test_3_2_and_3_3_the_error_of_a_hypergradient(point):
@@ -633,6 +661,33 @@ def test_5_5_is_nearly_reached():
 
     assert is_kept(step_size)
     assert not is_kept(1.25 * step_size)
+
+
+@pytest.mark.parametrize("part", ["inner error", "error of the direction"])
+def test_5_5_each_term_is_needed(part):
+    """Where one term of the bound prevails, five times the bound is not kept."""
+    is_inner = part == "inner error"
+    quadratic = 3.0 if is_inner else 0.0
+    instance = scalar_instance(quadratic=((quadratic, 0.0), (0.0, quadratic)))
+    least = least_merit_weight(instance.regularity)
+    weight, contraction = (1e4 * least, MOST_CONTRACTION) if is_inner else (2 * least, 0.0)
+    x = scalar(1.0)
+    y = instance.solution(x)
+    _, by_inner, _, hessian, _ = instance.slopes(x, y)
+    state = evaluated(instance, x, y, (by_inner - (0.0 if is_inner else 2.25)) / hessian[0])
+
+    def is_kept(step):
+        moved = x - step * state.grads
+        exact = instance.solution(moved)
+        after_y = exact + contraction * (y - exact)
+        _, by_inner, _, hessian, _ = instance.slopes(moved, after_y)
+        after = evaluated(instance, moved, after_y, by_inner / hessian[0]).merit(weight)
+        decrease = SUFFICIENT_DECREASE * step * state.grads.item() ** 2
+        return after <= state.merit(weight) - decrease
+
+    step = sufficient_step_size(instance.regularity, weight=weight, contraction=contraction)
+    assert is_kept(step)
+    assert not is_kept(5 * step)
 
 
 @settings(max_examples=50, deadline=None)

@@ -236,6 +236,11 @@ def test_7_6_is_reached():
     found = block_soft_threshold(target, threshold=0.5, dim=1)
     bound = most_open_links(slope=(found - target).norm().item(), mapping=0.0, penalty=0.5)
     assert bound == pytest.approx(int((found != 0).sum()))
+    # A step with slope 0: every open group moves by the penalty.
+    links = torch.ones((4, 1), dtype=DOUBLE)
+    moved = block_soft_threshold(links, threshold=0.5, dim=1)
+    bound = most_open_links(slope=0.0, mapping=(links - moved).norm().item(), penalty=0.5)
+    assert bound == pytest.approx(4)
 
 
 def test_arguments_out_of_range():
