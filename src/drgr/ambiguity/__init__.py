@@ -6,7 +6,8 @@ Reading order: ``divergence`` (the interface); one divergence a file: ``kl``, ``
 ``spectral``; ``certificate`` (edge cases and the error bound) and ``worst_case`` (the entry point,
 with gradients; ``inputs``, ``scaling``, ``infinite`` and ``implicit`` serve it). Then what a
 training loop keeps: ``robust_loss``, ``group_losses``, ``domain_losses``, ``multilevel``,
-``reference_losses``, ``weights``.
+``reference_losses``, ``weights``. What a radius can be proved to buy is in ``bounds`` (see
+``docs/theory.md``).
 """
 
 from drgr.ambiguity.burg import Burg

@@ -3,7 +3,8 @@
 Reading order: ``structures`` (nested parameters as vectors), ``products`` (Hessian-vector products
 in three ways), ``linear_system`` with its ``status``, the solvers ``conjugate_gradients``
 (preconditioned by ``diagonals``), ``neumann`` and ``direct_solvers``, ``hypergradient`` (the entry
-point), and ``proximal_alternating``, the method that uses it.
+point), and ``proximal_alternating``, the method that uses it. What can be proved of both, from the
+constants of a problem, is in ``bounds`` and ``descent_bounds`` (see ``docs/theory.md``).
 """
 
 from drgr.bilevel.conjugate_gradients import CG
