@@ -91,7 +91,7 @@ class SingleLoop:
         ...     outer_step=0.05,
         ... )
         >>> zero = torch.tensor(0.0)
-        >>> result = method.minimize(problem, zero, zero, num_steps=600)
+        >>> result = method.minimize(problem, zero, zero, num_steps=1000)
         >>> round(result.outer_params.item(), 3)
         2.0
     """
