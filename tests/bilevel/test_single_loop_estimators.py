@@ -204,7 +204,7 @@ def test_stocbio_sums_a_neumann_series(quadratic_sum, drawn, monkeypatch):
 def test_f2sa_is_its_formula(quadratic_sum, drawn, monkeypatch):
     sums = quadratic_sum()
     drawn(monkeypatch, 1, 2)
-    method = loop(F2SA(inner_steps=2, penalty=3.0, increment=0.5))
+    method = loop(F2SA(inner_steps=2, penalty=3.0, increment=0.5, decay=0.5))
     run = method.start(sums.problem, X, Y)
     run.advance(2)
     x, y, u = X, Y, Y
@@ -398,8 +398,11 @@ def test_blocks_that_do_not_fit():
         lambda: F2SA(inner_steps=0),
         lambda: F2SA(penalty=0.0),
         lambda: F2SA(increment=-1.0),
+        lambda: F2SA(decay=-1.0),
     ],
 )
 def test_settings_out_of_range(make):
-    with pytest.raises(ValueError, match=r"(period|steps|products|penalty|increment) must be"):
+    with pytest.raises(
+        ValueError, match=r"(period|steps|products|penalty|increment|decay) must be"
+    ):
         make()

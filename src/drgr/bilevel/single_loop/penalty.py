@@ -10,9 +10,6 @@ from drgr._checks import check_not_negative, check_positive
 from drgr.bilevel.single_loop.estimator import Directions, Memory, Start
 from drgr.bilevel.single_loop.oracle import Oracle, Point
 
-# The penalty's increments fall like k^(-6/7), so that it grows like k^(1/7).
-_DECAY = -6 / 7
-
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +31,8 @@ class F2SA:
         inner_steps: Steps on ``y`` and ``u`` before each on ``x``, at least 1.
         penalty: First ``lam``, above 0; it should exceed twice the largest curvature of ``F`` over
             the least of ``g``.
-        increment: ``lam`` grows by ``increment (k + 1)^(-6/7)`` after step ``k``; 0 keeps it.
+        increment: ``lam`` grows by ``increment (k + 1)^(-decay)`` after step ``k``; 0 keeps it.
+        decay: 6/7 makes ``lam`` grow like ``k^(1/7)``, as the theory has it.
 
     Raises:
         ValueError: If a number is out of range.
@@ -47,18 +45,20 @@ class F2SA:
         2023.
 
     Examples:
-        >>> F2SA(penalty=10.0)
-        F2SA(inner_steps=1, penalty=10.0, increment=1.0)
+        >>> F2SA(penalty=10.0)  # doctest: +ELLIPSIS
+        F2SA(inner_steps=1, penalty=10.0, increment=1.0, decay=0.857...)
     """
 
     inner_steps: int = 1
     penalty: float = 1.0
     increment: float = 1.0
+    decay: float = 6 / 7
 
     def __post_init__(self) -> None:
         check_positive("inner_steps", self.inner_steps)
         check_positive("penalty", self.penalty)
         check_not_negative("increment", self.increment)
+        check_not_negative("decay", self.decay)
 
     def start(self, oracle: Oracle, point: Point) -> Start:  # noqa: ARG002
         """Begins with ``u`` at ``y``."""
@@ -83,4 +83,4 @@ class F2SA:
         tilted = oracle.inner_gradients(batch, point.outer, point.auxiliary)
         outer = oracle.outer_gradients([oracle.draw_outer()], point.outer, point.auxiliary)
         yield Directions(outer=outer.by_outer + penalty * (tilted.by_outer - inner.by_outer))
-        memory["penalty"] = memory["penalty"] + self.increment * (step + 1) ** _DECAY
+        memory["penalty"] = memory["penalty"] + self.increment / (step + 1) ** self.decay
