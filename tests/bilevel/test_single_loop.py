@@ -390,6 +390,8 @@ def test_arguments_out_of_range(quadratic_sum):
         loop(inner_optimizer=torch.optim.LBFGS).minimize(problem, X, Y, num_steps=1)
     with pytest.raises(ValueError, match="the result of prox must have the structure"):
         loop(prox=lambda x, _step: x[:1]).minimize(problem, X, Y, num_steps=1)
+    with pytest.raises(ValueError, match="num_steps must be a finite number of at least 0, got -1"):
+        loop().minimize(problem, X, Y, num_steps=-1)
     with pytest.raises(TypeError, match=r"inner_params must be a floating-point tensor"):
         loop().start(problem, X, torch.tensor([1]))
 

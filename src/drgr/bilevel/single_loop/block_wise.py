@@ -19,8 +19,8 @@ class BlockWise:
 
     A block is an entry of ``inner_params``, a dict, list or tuple: one expert, say, or the weights
     that all share. The others stay bit for bit, and so does what the inner optimizer knows of
-    them. The outer gradient of a touched block is divided by the share of batches that touch it,
-    which makes each direction unbiased over the batches.
+    them. The outer gradient and the damping of a touched block are divided by the share of batches
+    that touch it, which makes each direction unbiased over the batches.
 
     Args:
         touched: ``batch -> keys`` of the blocks on which the inner loss of that batch depends.
@@ -91,7 +91,8 @@ class BlockWise:
         _check_untouched(inner.gradient, mask, index, step)
         outer = oracle.outer_gradients([oracle.draw_outer()], point.outer, point.inner)
         weights = memory["shares"].repeat_interleave(sizes.to(point.inner.device))
-        difference = inner.hessian - outer.by_inner / weights
+        damped = oracle.damping * point.auxiliary
+        difference = inner.hessian - damped + (damped - outer.by_inner) / weights
         yield Directions(
             inner=inner.gradient,
             auxiliary=torch.where(mask, difference, 0.0),

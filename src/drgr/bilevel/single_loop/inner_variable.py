@@ -36,6 +36,7 @@ class InnerVariable:
         self.vector = vector
         self._make = make_optimizer
         self._shapes = [leaf.shape for _, leaf in named_leaves(layout.like)]
+        self._num_coordinates = num_coordinates or 0
         if num_coordinates is None:
             self._trained = [part.detach() for part in self._parts(vector)]
         else:
@@ -49,10 +50,7 @@ class InnerVariable:
         """Entries of the optimizer's state, and of the coordinates."""
         states = (tensor for state in self._optimizer.state.values() for tensor in state.values())
         count = sum(tensor.numel() for tensor in states if isinstance(tensor, Tensor))
-        views = self._trained[0].untyped_storage().data_ptr()
-        if views == self.vector.untyped_storage().data_ptr():
-            return count
-        return count + self._trained[0].numel()
+        return count + self._num_coordinates
 
     def renew_optimizer(self) -> None:
         """Forgets what the optimizer knows."""

@@ -60,8 +60,8 @@ class SingleLoop:
 
     Args:
         estimator: :class:`SOBA`, :class:`MASOBA`, :class:`SABA`, :class:`SRBA`, :class:`AmIGO`,
-            :class:`StocBiO`, :class:`F2SA`, :class:`BlockWise`, :class:`SubspaceSOBA`, or any
-            :class:`Estimator`.
+            :class:`StocBiO`, :class:`F2SA`, :class:`BlockWise`, :class:`SubspaceSOBA`,
+            :class:`GalerkinSOBA`, or any :class:`Estimator`.
         inner_optimizer: Makes a ``torch.optim`` optimizer of a list of tensors; the direction of
             ``y`` is their gradient.
         auxiliary_step: ``rho``.
@@ -173,7 +173,8 @@ class SingleLoopRun:
         self._num_steps = 0
 
     def advance(self, num_steps: int = 1) -> None:
-        """Takes steps."""
+        """Takes steps, at least 0."""
+        check_not_negative("num_steps", num_steps)
         for _ in range(num_steps):
             try:
                 self._advance()

@@ -114,7 +114,8 @@ class Oracle:
         self.generator = generator
         self.calls = OracleCalls()
         self.curvature = Curvature()
-        self._hvp, self._damping = hvp, damping
+        self.damping = damping
+        self._hvp = hvp
 
     @property
     def all_inner(self) -> range:
@@ -181,7 +182,7 @@ class Oracle:
 
     def _damped(self, vector: Tensor, product: Tensor) -> Tensor:
         self.curvature.watch(vector, product)
-        return product + self._damping * vector if self._damping else product
+        return product + self.damping * vector if self.damping else product
 
     def _inner(self, index: int) -> Loss:
         batch, loss = self.problem.inner_batches[index], self.problem.inner_loss

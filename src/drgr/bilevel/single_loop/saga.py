@@ -17,7 +17,8 @@ class SABA:
     """Reduces the noise of all five derivatives like SAGA: constant steps, no noise in the end.
 
     Each derivative is estimated by ``new_i - old_i + mean of old`` with the drawn batch's last
-    value ``old_i``. Starts with one pass over all batches. Linear convergence where ``F(x, y*(x))``
+    value ``old_i``. The means are kept up by their changes, whose rounding adds up: take float64
+    for long runs. Starts with one pass over all batches. Linear convergence where ``F(x, y*(x))``
     grows at least quadratically, O(1/T) elsewhere.
 
     Complexity:
