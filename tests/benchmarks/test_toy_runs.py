@@ -115,3 +115,38 @@ def test_worst_case(run_script):
         assert abs(row["cvxpy"]["value_difference"]) < 1e-4, name
         assert row.get("prototype_value_error", 0) < 1e-9, name
     assert set(result["batched"]) == set(rows)
+
+
+def test_single_loop(run_script):
+    result = run_script(
+        "benchmarks.single_loop.run",
+        *("--inner", "8", "--outer", "3", "--samples", "16", "--batches", "2", "--rank", "2"),
+        *("--budget", "60"),
+    )
+    assert len(result["simulated"]) == 12
+    assert len(result["blocks"]) == 2
+    for row in (*result["simulated"].values(), *result["blocks"].values()):
+        assert len(row["trials"]) == 8
+        assert len(row["curves"]) == 3
+    assert all(isinstance(kept, bool) for kept in result["claims"].values())
+
+
+def test_the_value_gradient_of_the_single_loop_problems(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import torch
+
+    from benchmarks.single_loop import problems
+    from drgr.bilevel import Exact, hypergradient
+
+    instance = problems.simulated(inner_size=8, outer_size=3, num_samples=32, num_batches=2, seed=0)
+    problem, x = instance.problem, instance.outer
+
+    def mean(loss):
+        return lambda x, y: (loss(x, y, 0) + loss(x, y, 1)) / 2
+
+    inner_loss = mean(problem.inner_loss)
+    slope = torch.func.grad(inner_loss, argnums=1)(x, instance.inner)
+    hessian = torch.func.hessian(inner_loss, argnums=1)(x, instance.inner)
+    y = instance.inner - torch.linalg.solve(hessian, slope)
+    found = hypergradient(mean(problem.outer_loss), inner_loss, x, y, solver=Exact())
+    torch.testing.assert_close(found.grads, instance.matrix @ x + instance.offset)

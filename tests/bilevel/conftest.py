@@ -17,3 +17,13 @@ _SPEC.loader.exec_module(_PROBLEMS)
 @pytest.fixture(scope="session")
 def ridge():
     return _PROBLEMS.ridge
+
+
+@pytest.fixture(scope="session")
+def quadratic_sum():
+    return _PROBLEMS.quadratic_sum
+
+
+@pytest.fixture(scope="session")
+def drawn():
+    return _PROBLEMS.drawn

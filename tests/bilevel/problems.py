@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from drgr.bilevel import FiniteSumProblem, Oracle
+
 DOUBLE = torch.float64
 
 
@@ -51,3 +53,70 @@ def ridge(*, dimension=60, condition=10.0, dtype=DOUBLE, seed=0) -> Problem:
         return (test_data @ y - test_target).square().mean() / 2
 
     return Problem(outer_loss, inner_loss, outer.to(dtype), inner.to(dtype), exact)
+
+
+class QuadraticSum(NamedTuple):
+    """Quadratic losses of batches: ``y'Hy/2 + x'Kx/2 + x'Cy + a'y + b'x`` for each index."""
+
+    problem: FiniteSumProblem
+    inner: list[Tensor]
+    """``H, K, C, a, b``, the first axis over batches."""
+    outer: list[Tensor]
+
+    @staticmethod
+    def loss(terms, x, y):
+        hessian, by_outer, cross, a, b = terms
+        return y @ hessian @ y / 2 + x @ by_outer @ x / 2 + x @ cross @ y + a @ y + b @ x
+
+    def directions(self, x, y, z, inner=slice(None), outer=slice(None)):
+        """The three directions, written out, means over the batches of two slices."""
+        hessian, _, cross, a, _ = (terms[inner].mean(dim=0) for terms in self.inner)
+        by_inner, by_outer = self.outer_gradients(x, y, outer)
+        return hessian @ y + cross.T @ x + a, hessian @ z - by_inner, by_outer - cross @ z
+
+    def outer_gradients(self, x, y, outer=slice(None)):
+        hessian, by_outer, cross, a, b = (terms[outer].mean(dim=0) for terms in self.outer)
+        return hessian @ y + cross.T @ x + a, by_outer @ x + cross @ y + b
+
+    def value_gradient(self, x):
+        """The gradient of ``F(x, y*(x))``."""
+        hessian, _, cross, a, _ = (terms.mean(dim=0) for terms in self.inner)
+        y = -torch.linalg.solve(hessian, cross.T @ x + a)
+        by_inner, by_outer = self.outer_gradients(x, y)
+        return by_outer - cross @ torch.linalg.solve(hessian, by_inner)
+
+
+def quadratic_sum(*, inner_size=4, outer_size=3, num_inner=5, num_outer=3, seed=0):
+    """Batches whose mean is strongly convex in both; those of one batch are merely positive."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=DOUBLE)
+
+    def terms(count):
+        roots = normal(count, inner_size, inner_size) / inner_size**0.5
+        eye_inner = torch.eye(inner_size, dtype=DOUBLE)
+        outer_roots = normal(count, outer_size, outer_size) / outer_size**0.5
+        eye_outer = torch.eye(outer_size, dtype=DOUBLE)
+        return [
+            roots @ roots.mT / 2 + 0.5 * eye_inner,
+            outer_roots @ outer_roots.mT / 2 + eye_outer,
+            normal(count, outer_size, inner_size) / 4,
+            normal(count, inner_size),
+            normal(count, outer_size),
+        ]
+
+    inner, outer = terms(num_inner), terms(num_outer)
+    problem = FiniteSumProblem(
+        inner_loss=lambda x, y, i: QuadraticSum.loss([term[i] for term in inner], x, y),
+        outer_loss=lambda x, y, j: QuadraticSum.loss([term[j] for term in outer], x, y),
+        inner_batches=range(num_inner),
+        outer_batches=range(num_outer),
+    )
+    return QuadraticSum(problem, inner, outer)
+
+
+def drawn(monkeypatch, inner, outer):
+    """Makes every draw of a batch the given one."""
+    monkeypatch.setattr(Oracle, "draw_inner", lambda _self: inner)
+    monkeypatch.setattr(Oracle, "draw_outer", lambda _self: outer)

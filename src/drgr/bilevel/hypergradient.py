@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from drgr._checks import check_not_negative
+from drgr.bilevel.checked_loss import checked
 from drgr.bilevel.conjugate_gradients import CG
 from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
 from drgr.bilevel.products import HvpMode, Loss, gradients, leaf, second_derivatives
@@ -231,7 +232,7 @@ def _first_order(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns a checked loss and its gradients."""
     outer, inner = leaf(point.outer), leaf(point.inner)
-    value, by_outer, by_inner = gradients(_checked(name, loss), outer, inner)
+    value, by_outer, by_inner = gradients(checked(name, loss), outer, inner)
     for variable, gradient in (("outer_params", by_outer), ("inner_params", by_inner)):
         if gradient is not None and not bool(gradient.isfinite().all()):
             raise NonFiniteLossError(
@@ -239,26 +240,6 @@ def _first_order(
                 "logarithm or division at 0"
             )
     return value.detach(), by_outer, by_inner
-
-
-def _checked(name: str, loss: Loss) -> Loss:
-    """Returns a loss that raises unless it is one finite number."""
-
-    def checked(outer: Tensor, inner: Tensor) -> Tensor:
-        value = loss(outer, inner)
-        if not (isinstance(value, Tensor) and value.is_floating_point()):
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}_loss must return a floating-point tensor, got {kind}")
-        if value.dim() != 0:
-            raise ValueError(
-                f"{name}_loss must return a scalar, got shape {tuple(value.shape)}; "
-                "take its mean or sum"
-            )
-        if not bool(value.isfinite()):
-            raise NonFiniteLossError(f"{name}_loss must be finite, got {value.item()}")
-        return value
-
-    return checked
 
 
 def _start(start: Parameters | None, layout: Layout) -> Tensor | None:
