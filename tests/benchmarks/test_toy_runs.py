@@ -76,6 +76,17 @@ def test_overhead(result_of):
     assert result["ratio_to_unattached"]["unattached"]["median"] == 1
 
 
+def test_traffic(result_of):
+    result = result_of(
+        "benchmarks.traffic.run",
+        *("--rounds", "1", "--seeds", "1", "--set", "training.batch_size=4"),
+        *("--set", "training.steps=4", "--set", "training.warmup_steps=0"),
+    )
+    assert result["cost"]["ratio"]["not measured"]["median"] == 1
+    assert [row["coefficient"] for row in result["effect"]] == [0, 0.01, 0.1, 1] * 2
+    assert all(row["congestion"] > 1 for row in result["runs"])
+
+
 def test_hypergradient(run_script):
     result = run_script(
         "benchmarks.hypergradient.run",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from drgr.budgets import TokenBudget
-from drgr.integrations.transformers import attach, enable_checkpointing
+from drgr.integrations.transformers import RouterContract, attach, enable_checkpointing
 from drgr.routing import LinkGates, QuantileBalancing
 
 BUDGET = TokenBudget(minimum=1, maximum=4, average=1.7)
@@ -105,6 +105,26 @@ def test_a_closed_link_carries_nothing(build_family, family):
         if family != "deepseek_v3_grouped":
             assert int(routing.selection.spend) == int(1.7 * 40)
         assert int(routing.plan.keep.sum(dim=1).min()) >= 1
+
+
+def test_a_group_without_open_links_is_chosen_last():
+    """Scores of the open group are below 0, where the correction bias puts them."""
+    router = nn.Module()
+    router.register_buffer("e_score_correction_bias", torch.tensor([0.0, 0.0, -2.0, -2.0]))
+    contract = RouterContract(
+        activation="sigmoid",
+        normalised=True,
+        has_correction_bias=True,
+        num_groups=2,
+        num_top_groups=1,
+    )
+    scores = torch.tensor([[0.9, 0.8, 0.2, 0.1], [0.9, 0.8, 0.2, 0.1]])
+    usable = torch.tensor([[False, False, True, False], [True, False, True, True]])
+    values = contract.selectable(scores, router, usable)
+    assert torch.isfinite(values).tolist() == [
+        [False, False, True, False],
+        [True, False, False, False],
+    ]
 
 
 def test_fewer_links_than_the_budget_cost_fewer_assignments_and_flops(build_family):

@@ -69,6 +69,9 @@ def select_exactly(
               \sum_{te} m_{te} = \min(\lfloor k n \rfloor, k_{max} n) .
 
     The batch is that of one forward pass over all processes of ``group``: they agree on one price.
+    A token with fewer than ``k_min`` permitted experts gets all of them, and what a token cannot
+    use goes to others, as far as their own ``k_max`` and permitted experts allow: with ``p_t``
+    permitted experts of token ``t`` the sum is ``min(floor(k n), sum_t min(k_max, p_t))``.
 
     Args:
         values: Worth of each assignment ``v``, shape ``(T, E)``; ``-inf`` forbids one.
@@ -137,6 +140,7 @@ def select_at_price(
     A token keeps its best ``minimum`` experts and those of the next that are worth more than
     ``price``. No other token has a say, so decoding token by token gives the same plan as one pass.
     Where the average is one of the bounds every token has that many experts, whatever the price.
+    A token with fewer permitted experts than that gets all of them.
 
     Args:
         values: Worth of each assignment, shape ``(T, E)``; ``-inf`` forbids one.

@@ -10,6 +10,9 @@ Weights that a router normalises are not normalised again after gating: a common
 of a source would otherwise change nothing but the penalty on them, and the gate of a token's only
 expert would have no gradient. They are normalised over the experts that were selected, which a
 closed link is not.
+
+A source with fewer open links than the budget's minimum gives its tokens what is open; their unused
+assignments go to tokens that can use them, or are not spent.
 """
 
 from collections.abc import Iterator, Mapping
@@ -179,7 +182,9 @@ class LinkGates:
 
     def layer(self, number: int) -> LayerGates:
         """Returns the gates of one layer."""
-        return LayerGates(values=self._current[number], is_open=self.is_open[number])
+        values = self._current[number]
+        is_open = self._is_open[number] & (values.detach() != 0)
+        return LayerGates(values=values, is_open=is_open)
 
     @contextmanager
     def replaced(self, values: Tensor) -> Iterator[None]:

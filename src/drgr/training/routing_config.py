@@ -82,8 +82,8 @@ class TrafficConfig(BaseModel):
     measure: bool = True
     """Whether it is measured in every step and reported."""
     coefficient: NotNegative = 0.0
-    """Weight of the penalty on uneven traffic, averaged over layers, micro-batches and
-    processes."""
+    """Weight of the penalty on uneven traffic, averaged over layers, micro-batches and processes.
+    Its gradient is added in the backward pass; no reported loss holds it."""
 
     @model_validator(mode="after")
     def _check_measured(self) -> "TrafficConfig":
