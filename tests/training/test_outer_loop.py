@@ -185,6 +185,41 @@ def test_the_router_follows_its_hypergradient(runs, corpus, tmp_path):
     assert all(weight.grad is None for weight in passes.outer)
 
 
+def test_gates_take_proximal_steps_and_close_links_for_good(runs, corpus, tmp_path):
+    """One step equals the formula; a run closes links, and their assignments are saved."""
+    options = {"variables": ["link-gates"], "update": "gradient", "horizon": 1e-3}
+    config = runs.small_config(
+        training__steps=4,
+        robustness__apply_to="nothing",
+        routing__link_gates=True,
+        outer=OUTER | options | {"gates": {"rate": 2.0, "penalty": 0.1}},
+    )
+    _, run = runs.run_small(config, corpus, tmp_path / "one")
+    passes, gates = run.outer.passes, run.attachment.link_gates
+    factors = run.adversary.weights.adversary * run.adversary.unit
+    _, direct, _ = passes.gradient(passes.draw("validation", 7), factors)
+    step(run, 7)
+    expected = (1.0 - 2.0 * direct.view_as(gates.values) - 0.2).clamp_min(0)
+    torch.testing.assert_close(gates.values.detach(), expected, rtol=1e-3, atol=1e-3)
+    assert bool(gates.is_open.all())
+
+    config = runs.small_config(
+        robustness__apply_to="nothing",
+        routing__link_gates=True,
+        outer=OUTER
+        | options
+        | {"begin": 2, "every": 2, "gates": {"rate": 5.0, "penalty": 0.05, "group": "link"}},
+    )
+    _, run = runs.run_small(config, corpus, tmp_path / "run")
+    records = runs.read_records(tmp_path / "run")
+    closed = [record["links_closed"] for record in records if record["kind"] == "outer"]
+    gates = run.attachment.link_gates
+    assert sum(closed) == int((~gates.is_open).sum()) > 0
+    assert bool((gates.values[~gates.is_open] == 0).all())
+    last = [record for record in records if record["kind"] == "train"][-1]
+    assert all(layer["load"] for layer in last["layers"])
+
+
 def test_routers_are_not_trained_by_the_inner_level(runs, corpus, tmp_path):
     run = trained(runs, corpus, tmp_path, variables=["router"], update="gradient")
     fresh = build_run(run.config, corpus)
@@ -227,6 +262,10 @@ def test_a_run_draws_by_its_mixture_and_counts_the_flops(runs, corpus, tmp_path)
         ({"outer__solver": {"kind": "cg"}}, "lookahead takes no solver"),
         ({"outer__variables": ["router"]}, "moves the mixture alone"),
         ({"outer__anchor_strength": 0.0}, "must be above 0"),
+        (
+            {"outer__variables": ["link-gates"], "outer__update": "gradient"},
+            "routing.link_gates is false",
+        ),
         (
             {
                 "outer__anchor": "sampling",

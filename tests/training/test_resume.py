@@ -25,8 +25,9 @@ VARIANTS = {
     },
     "outer-router-cg": {
         "robustness__apply_to": "objective",
+        "routing__link_gates": True,
         "outer": {
-            "variables": ["mixture", "router"],
+            "variables": ["mixture", "router", "link-gates"],
             "begin": 1,
             "every": 2,
             "windows": 1,

@@ -165,6 +165,7 @@ def outer_record(report: OuterReport, *, step: int, domains: Sequence[str]) -> R
             "hvps": report.num_hvps,
         },
         "gradient_norm": report.gradient_norm,
+        "links_closed": report.links_closed,
         "flops": report.flops,
     }
 

@@ -40,12 +40,25 @@ class NeumannConfig(BaseModel):
 SolverConfig = Annotated[NoSolverConfig | CGConfig | NeumannConfig, Field(discriminator="kind")]
 
 
+class GatesConfig(BaseModel):
+    """Link gates as outer variables: proximal steps that close what does not pay for itself."""
+
+    model_config = STRICT
+
+    rate: Positive = 5.0
+    """Step size, in gates per unit of the losses."""
+    penalty: NotNegative = 0.02
+    """Weight of the group norm, in the unit of the losses."""
+    group: Literal["link", "source", "expert"] = "link"
+    """What closes together."""
+
+
 class OuterConfig(BaseModel):
     """The outer loop: variables that follow the hypergradient of held-out losses."""
 
     model_config = STRICT
 
-    variables: tuple[Literal["mixture", "router"], ...] = ()
+    variables: tuple[Literal["mixture", "router", "link-gates"], ...] = ()
     """What the outer level decides; without any there is no outer loop."""
     every: Count = 20
     """Steps between outer steps."""
@@ -74,3 +87,4 @@ class OuterConfig(BaseModel):
     """Share of the old estimate that a new one of gains keeps."""
     learning_rate: Positive = 1e-3
     """Of the router's weights as outer variables, by Adam."""
+    gates: GatesConfig = GatesConfig()

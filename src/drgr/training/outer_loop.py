@@ -25,6 +25,7 @@ from torch import Tensor
 from drgr.ambiguity import WorstCase
 from drgr.bilevel import LinearSolver, LinearSystem, SolveStatus, adam_diagonal
 from drgr.data import Batch
+from drgr.routing import GateGroup, LinkGates
 from drgr.training.domain_passes import DomainPasses, Routes
 from drgr.training.mixture import entropic_step, lookahead_mixture
 
@@ -63,6 +64,34 @@ class OuterSettings:
     unit: Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSteps:
+    """Proximal steps of link gates.
+
+    Attributes:
+        gates: The gates, the last of the outer tensors.
+        rate: Step size.
+        penalty: Weight of the group norm.
+        group: What closes together.
+    """
+
+    gates: LinkGates
+    rate: float
+    penalty: float
+    group: GateGroup
+
+    def take(self, hypergradient: Tensor) -> int:
+        """Moves against a hypergradient; returns how many links that closed."""
+        values = self.gates.values.detach()
+        step = self.gates.propose(
+            values - self.rate * hypergradient.view_as(values),
+            threshold=self.rate * self.penalty,
+            group=self.group,
+        )
+        self.gates.take(step)
+        return int(step.closed.sum())
+
+
 @dataclass(slots=True, kw_only=True)
 class OuterReport:
     """What one outer step did.
@@ -78,7 +107,8 @@ class OuterReport:
         residual: Its relative residual.
         curvature: Smallest curvature it met, in units of the damping, which is not included.
         num_hvps: Hessian-vector products.
-        gradient_norm: Norm of the hypergradient in the router's weights.
+        gradient_norm: Norm of the hypergradient in the router's weights and the gates.
+        links_closed: Links that the step closed.
         flops: FLOPs of the outer step over all processes.
     """
 
@@ -91,6 +121,7 @@ class OuterReport:
     curvature: float | None = None
     num_hvps: int = 0
     gradient_norm: float | None = None
+    links_closed: int = 0
     flops: float = 0.0
 
 
@@ -100,9 +131,11 @@ class OuterLoop:
 
     Args:
         settings: See :class:`OuterSettings`.
-        passes: Losses and gradients by domain; its outer tensors are the router's weights.
+        passes: Losses and gradients by domain; its outer tensors are the router's weights, then
+            the gates.
         inner_optimizer: The optimizer of the inner level, for its metric and learning rate.
         outer_optimizer: Steps the router's weights; None if they are no outer variable.
+        gate_steps: Steps the link gates; None if they are no outer variable.
         mixture: First mixture, shape ``(G,)``, float64.
     """
 
@@ -113,10 +146,12 @@ class OuterLoop:
         *,
         inner_optimizer: torch.optim.Optimizer,
         outer_optimizer: torch.optim.Optimizer | None,
+        gate_steps: GateSteps | None = None,
         mixture: Tensor,
     ) -> None:
         self.settings, self.passes = settings, passes
         self._inner_optimizer, self._outer_optimizer = inner_optimizer, outer_optimizer
+        self._gate_steps = gate_steps
         self.mixture = mixture.clone()
         self._gains = _Average(settings.smoothing)
         self._calibration = _Calibration(settings.smoothing)
@@ -223,7 +258,7 @@ class OuterLoop:
             direction,
             self.mixture,
             routes=routes,
-            with_gradients=self._outer_optimizer is not None,
+            with_gradients=bool(passes.outer),
         )
         gain = report.gain = self._gains.updated(change.losses)
         report.scale = self._calibration.updated(value.reshape(1))
@@ -237,10 +272,10 @@ class OuterLoop:
                 anchor_strength=settings.anchor_strength,
             )
         self._calibration.predict((report.mixture @ gain).reshape(1), value.reshape(1))
-        if self._outer_optimizer is not None and change.outer is not None:
+        if change.outer is not None:
             hypergradient = direct - change.outer
             report.gradient_norm = hypergradient.norm().item()
-            self._move_outer(self._outer_optimizer, hypergradient)
+            report.links_closed = self._move_outer(hypergradient)
         return report
 
     def _product(self, batch: Batch, routes: Routes, vector: Tensor) -> Tensor:
@@ -281,13 +316,19 @@ class OuterLoop:
         report.curvature = found.curvature - 1 if math.isfinite(found.curvature) else None
         return root * point
 
-    def _move_outer(self, optimizer: torch.optim.Optimizer, hypergradient: Tensor) -> None:
-        sizes = [tensor.numel() for tensor in self.passes.outer]
-        parts = hypergradient.split(sizes)
-        for tensor, part in zip(self.passes.outer, parts, strict=True):
-            tensor.grad = part.view_as(tensor).to(tensor.dtype)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def _move_outer(self, hypergradient: Tensor) -> int:
+        """Moves routers and gates; returns how many links that closed."""
+        tensors = self.passes.outer
+        parts = list(hypergradient.split([tensor.numel() for tensor in tensors]))
+        closed = 0
+        if self._gate_steps is not None:
+            closed = self._gate_steps.take(parts.pop())
+        if self._outer_optimizer is not None:
+            for tensor, part in zip(tensors, parts, strict=False):
+                tensor.grad = part.view_as(tensor).to(tensor.dtype)
+            self._outer_optimizer.step()
+            self._outer_optimizer.zero_grad(set_to_none=True)
+        return closed
 
 
 @dataclass(slots=True)

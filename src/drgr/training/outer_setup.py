@@ -3,22 +3,27 @@
 from typing import assert_never
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from drgr.bilevel import CG, LinearSolver, Neumann
+from drgr.budgets.flops import FlopModel
+from drgr.data import Corpus
 from drgr.errors import ConfigError
-from drgr.integrations.transformers import find_sites
+from drgr.integrations.transformers import Attachment, find_sites
+from drgr.routing import LinkGates
 from drgr.training.adversary import DomainAdversary
 from drgr.training.config import RunConfig
 from drgr.training.domain_passes import DomainPasses
 from drgr.training.outer_config import (
     CGConfig,
+    GatesConfig,
     NeumannConfig,
     NoSolverConfig,
     OuterConfig,
     SolverConfig,
 )
-from drgr.training.outer_loop import OuterLoop, OuterSettings
+from drgr.training.outer_loop import GateSteps, OuterLoop, OuterSettings
+from drgr.training.step import StepSettings
 
 
 def check_outer(config: RunConfig) -> None:
@@ -39,10 +44,14 @@ def check_outer(config: RunConfig) -> None:
             f"outer.update lookahead takes no solver, got outer.solver {outer.solver.kind}; set "
             "outer.update to gradient"
         )
-    if looks_ahead and "router" in outer.variables:
+    if looks_ahead and set(outer.variables) - {"mixture"}:
         raise ConfigError(
-            "outer.update lookahead moves the mixture alone, got outer.variables with the router; "
-            "set outer.update to gradient"
+            "outer.update lookahead moves the mixture alone, got outer.variables "
+            f"{list(outer.variables)}; set outer.update to gradient"
+        )
+    if "link-gates" in outer.variables and not config.routing.link_gates:
+        raise ConfigError(
+            "outer.variables has link-gates, but routing.link_gates is false; set it to true"
         )
     if looks_ahead and outer.variables and outer.anchor_strength == 0:
         raise ConfigError(
@@ -51,8 +60,10 @@ def check_outer(config: RunConfig) -> None:
         )
 
 
-def split_parameters(model: nn.Module, config: OuterConfig) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the parameters of the inner level and those of the outer one, in model order."""
+def split_parameters(
+    model: nn.Module, config: OuterConfig
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Returns the parameters of the inner level and routers of the outer one, in model order."""
     routers: set[nn.Parameter] = set()
     if "router" in config.variables:
         routers = {weight for site in find_sites(model) for weight in site.router.parameters()}
@@ -65,7 +76,11 @@ def split_parameters(model: nn.Module, config: OuterConfig) -> tuple[list[Tensor
 
 def build_outer(
     config: RunConfig,
-    passes: DomainPasses,
+    attachment: Attachment,
+    corpus: Corpus,
+    *,
+    step: StepSettings,
+    flops: FlopModel,
     adversary: DomainAdversary,
     optimizer: torch.optim.Optimizer,
 ) -> OuterLoop | None:
@@ -84,6 +99,17 @@ def build_outer(
             "outer.anchor sampling needs every domain to have a share above 0 in data.sampling, "
             f"got {anchor.tolist()}; set outer.anchor to uniform"
         )
+    inner, routers = split_parameters(attachment.model, settings)
+    gates = attachment.link_gates if "link-gates" in settings.variables else None
+    passes = DomainPasses(
+        attachment,
+        corpus,
+        step,
+        flops,
+        windows=settings.windows,
+        inner=inner,
+        outer=[*routers, *([] if gates is None else [gates.values])],
+    )
     return OuterLoop(
         OuterSettings(
             moves_mixture="mixture" in settings.variables,
@@ -100,11 +126,14 @@ def build_outer(
         ),
         passes,
         inner_optimizer=optimizer,
-        outer_optimizer=(
-            torch.optim.Adam(passes.outer, lr=settings.learning_rate) if passes.outer else None
-        ),
+        outer_optimizer=(torch.optim.Adam(routers, lr=settings.learning_rate) if routers else None),
+        gate_steps=None if gates is None else _gate_steps(settings.gates, gates),
         mixture=base,
     )
+
+
+def _gate_steps(config: GatesConfig, gates: LinkGates) -> GateSteps:
+    return GateSteps(gates=gates, rate=config.rate, penalty=config.penalty, group=config.group)
 
 
 def build_solver(config: SolverConfig) -> LinearSolver | None:

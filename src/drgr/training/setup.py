@@ -41,7 +41,6 @@ from drgr.training.config import (
     SignBiasConfig,
     TinyModelConfig,
 )
-from drgr.training.domain_passes import DomainPasses
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.step import StepSettings
@@ -121,21 +120,12 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     attachment = _attach(config, model, budget, link_gates=gates, group=group)
     settings = _step_settings(config, device, group)
     adversary = build_adversary(config, corpus, sampling)
-    inner, routers = split_parameters(model, config.outer)
+    inner, _ = split_parameters(model, config.outer)
     optimizer = torch.optim.AdamW(
         inner,
         lr=config.training.learning_rate,
         betas=(config.training.beta1, config.training.beta2),
         weight_decay=config.training.weight_decay,
-    )
-    passes = DomainPasses(
-        attachment,
-        corpus,
-        settings,
-        flops,
-        windows=config.outer.windows,
-        inner=inner,
-        outer=routers,
     )
     return RunObjects(
         config=config,
@@ -144,7 +134,15 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
         forward_model=_forward_model(config, model, device),
         optimizer=optimizer,
         adversary=adversary,
-        outer=build_outer(config, passes, adversary, optimizer),
+        outer=build_outer(
+            config,
+            attachment,
+            corpus,
+            step=settings,
+            flops=flops,
+            adversary=adversary,
+            optimizer=optimizer,
+        ),
         settings=settings,
         budget=budget,
         flops=flops,
