@@ -63,6 +63,27 @@ def test_quickstart(result_of, tmp_path):
     assert result["environment"]["versions"]["torch"]
 
 
+def test_frontier(result_of, tmp_path):
+    result = result_of(
+        "benchmarks.frontier.run",
+        *("--seeds", "1", "--steps", "60", "--work", tmp_path / "runs"),
+        *("--methods", "uniform sampling", "lookahead", "hypergradient, Gauss-Newton by CG"),
+        *("--set", "outer.begin=4", "--set", "training.batch_size=4"),
+    )
+    first = result["summary"]["uniform sampling"]
+    for method, summary in result["summary"].items():
+        assert summary["failed"] == 0, (method, result["runs"])
+        assert summary["flops"]["mean"] <= first["flops"]["mean"] * 1.000001
+        assert (summary["outer_flops"]["mean"] > 0) == (method != "uniform sampling")
+
+
+def test_outer_overhead(result_of):
+    result = result_of("benchmarks.outer_overhead.run", "--rounds", "1", "--set", "outer.every=3")
+    ratios = result["ratio_to_no_outer_loop"]
+    assert ratios["no outer loop"] == {"median": 1.0, "lowest": 1.0, "highest": 1.0}
+    assert set(ratios) == set(result["seconds_per_round"])
+
+
 def test_overhead(result_of):
     result = result_of(
         "benchmarks.overhead.run", "--rounds", "1", "--steps", "2", "--set", "training.batch_size=4"

@@ -104,6 +104,9 @@ class RobustnessConfig(BaseModel):
 
     model_config = STRICT
 
+    groups: Literal["domains", "experts"] = "domains"
+    """What the adversary weighs: domains, or the experts of each layer by the tokens that they
+    serve. Experts have training losses in nats, and their weights go to the objective."""
     apply_to: Literal["nothing", "objective", "sampling"] = "sampling"
     """Where the adversary's weights go; with ``nothing`` they are only reported."""
     divergence: Literal["kl", "chi-square"] = "kl"
@@ -143,6 +146,26 @@ class RobustnessConfig(BaseModel):
             raise ValueError(
                 f"exactly one of penalty and radius must be set, got penalty {self.penalty} and "
                 f"radius {self.radius}; set the other to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> "RobustnessConfig":
+        fits = (
+            self.apply_to == "objective"
+            and self.losses == "train"
+            and self.reference is None
+            and self.unit == "nats-per-token"
+        )
+        if self.groups == "experts" and not fits:
+            raise ValueError(
+                "groups experts need apply_to objective, losses train, unit nats-per-token and no "
+                f"reference, got {self.apply_to}, {self.losses}, {self.unit} and {self.reference}"
+            )
+        if self.clip_excess and self.reference is None:
+            raise ValueError(
+                "clip_excess needs a reference to exceed, got reference None; name the "
+                "evaluation.json of a reference run"
             )
         return self
 

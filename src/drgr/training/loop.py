@@ -211,11 +211,14 @@ def _one_step(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
         run.settings,
         step=state.step,
         weights=run.adversary.weights,
+        expert_weights=None if run.experts is None else run.experts.weights,
     )
     if not is_finite(totals):
         raise state.not_finite("training", totals.loss_sums, step=state.step + 1)
     if settings.losses == "train":
         run.adversary.observe(totals.loss_sums, totals.num_tokens)
+    if run.experts is not None:
+        run.experts.observe(totals.expert_losses, totals.expert_credit)
     flops += training_flops(
         run.flops,
         tokens=int(totals.num_tokens.sum()),
@@ -244,6 +247,8 @@ def _update_adversary(run: RunObjects, state: LoopState, reporter: _Reporter) ->
             raise state.not_finite("held-out", loss_sums, step=state.step + 1)
         run.adversary.observe(loss_sums, num_tokens)
     was_near = run.adversary.is_near_one_hot(settings.alarm_below)
+    if run.experts is not None:
+        run.experts.refresh()
     weights = run.adversary.refresh()
     if run.adversary.is_near_one_hot(settings.alarm_below) and not was_near:
         name = run.corpus.domains[int(weights.adversary.argmax())]

@@ -87,6 +87,8 @@ class LoopState:
         run.optimizer.load_state_dict(state["optimizer"])
         run.attachment.load_state_dict(state["routing"])
         run.adversary.load_state_dict(state["adversary"])
+        if run.experts is not None:
+            run.experts.load_state_dict(state["experts"])
         if run.outer is not None:
             run.outer.load_state_dict(state["outer"])
         torch.set_rng_state(state["rng"])
@@ -130,6 +132,7 @@ class LoopState:
             "optimizer": run.optimizer.state_dict(),
             "routing": run.attachment.state_dict(),
             "adversary": run.adversary.state_dict(),
+            "experts": None if run.experts is None else run.experts.state_dict(),
             "outer": None if run.outer is None else run.outer.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state() if run.device.type == "cuda" else None,

@@ -1,6 +1,5 @@
 """From a configuration to the objects of a run: the only place where the two meet."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from drgr.ambiguity import KL, ChiSquare, load_reference_losses
 from drgr.budgets import TokenBudget, budget_from_flops
 from drgr.budgets.flops import FlopModel
 from drgr.collectives import world_size
@@ -31,6 +29,7 @@ from drgr.routing import (
     exchanged_bytes,
 )
 from drgr.training.adversary import DomainAdversary
+from drgr.training.adversary_setup import build_adversary, build_experts
 from drgr.training.config import (
     BudgetConfig,
     ControllerConfig,
@@ -41,6 +40,7 @@ from drgr.training.config import (
     SignBiasConfig,
     TinyModelConfig,
 )
+from drgr.training.expert_groups import ExpertAdversaries
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.step import StepSettings
@@ -57,6 +57,7 @@ class RunObjects:
         forward_model: The model, or its data-parallel wrapper.
         optimizer: AdamW over the parameters of the inner level.
         adversary: Domain weights.
+        experts: Weights of experts as groups; None where domains are.
         outer: The outer loop; None where it has no variable.
         settings: What a step needs.
         budget: The budget of each layer, in experts.
@@ -70,6 +71,7 @@ class RunObjects:
     forward_model: nn.Module
     optimizer: torch.optim.Optimizer
     adversary: DomainAdversary
+    experts: ExpertAdversaries | None
     outer: OuterLoop | None
     settings: StepSettings
     budget: TokenBudget
@@ -134,6 +136,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
         forward_model=_forward_model(config, model, device),
         optimizer=optimizer,
         adversary=adversary,
+        experts=build_experts(config, attachment),
         outer=build_outer(
             config,
             attachment,
@@ -230,34 +233,6 @@ def build_controller(config: ControllerConfig) -> ControllerFactory:
             )
         case _:
             assert_never(config)
-
-
-def build_adversary(config: RunConfig, corpus: Corpus, sampling: Tensor) -> DomainAdversary:
-    """Returns the adversary over the corpus's domains."""
-    settings = config.robustness
-    num_domains = len(corpus.domains)
-    uniform = torch.full((num_domains,), 1 / num_domains, dtype=torch.float64)
-    unit = torch.ones(num_domains, dtype=torch.float64)
-    if settings.unit == "bits-per-byte":
-        # One tokenizer serves all splits, so the ratio of the largest split is used.
-        ratios = [corpus.bytes_per_token("train", domain) for domain in corpus.domains]
-        unit = 1 / (torch.tensor(ratios, dtype=torch.float64) * math.log(2))
-    reference = None
-    if settings.reference is not None:
-        reference = load_reference_losses(settings.reference, corpus.domains)
-    return DomainAdversary(
-        divergence=KL() if settings.divergence == "kl" else ChiSquare(),
-        penalty=settings.penalty,
-        radius=settings.radius,
-        sampling=sampling,
-        nominal={"uniform": uniform, "sampling": sampling, "previous": None}[settings.nominal],
-        apply_to=settings.apply_to,
-        unit=unit,
-        smoothing=settings.smoothing,
-        reference=reference,
-        clip_excess=settings.clip_excess,
-        uniform_share=settings.uniform_share,
-    )
 
 
 def autocast_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:

@@ -17,6 +17,7 @@ from drgr.evaluation import token_losses
 from drgr.integrations.transformers import Attachment
 from drgr.routing import LayerRouting, load_balancing_loss
 from drgr.training.adversary import DomainWeights, as_array
+from drgr.training.expert_groups import expert_sums, expert_token_weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,9 @@ class StepTotals:
         num_tokens: Tokens by domain, shape ``(G,)``.
         assignments: Assignments by domain over all layers, shape ``(G,)``.
         expert_load: Assignments by layer and expert, shape ``(L, E)``.
+        expert_losses: Credited token losses in nats by layer and expert, shape ``(L, E)``; 0 unless
+            experts are groups.
+        expert_credit: Credit by layer and expert, shape ``(L, E)``, likewise.
         spend: Assignments by layer, shape ``(L,)``.
         traffic: Gradient traffic by layer, domain and expert in nats per unit of an expert's
             output, shape ``(L, G, E)``; 0 where it is not measured.
@@ -81,6 +85,8 @@ class StepTotals:
     num_tokens: Tensor
     assignments: Tensor
     expert_load: Tensor
+    expert_losses: Tensor
+    expert_credit: Tensor
     traffic: Tensor
     spend: Tensor
     limit: Tensor
@@ -102,6 +108,8 @@ class StepTotals:
             num_tokens=zeros(num_domains),
             assignments=zeros(num_domains),
             expert_load=zeros(num_layers, num_experts),
+            expert_losses=zeros(num_layers, num_experts),
+            expert_credit=zeros(num_layers, num_experts),
             traffic=zeros(num_layers, num_domains, num_experts),
             spend=zeros(num_layers),
             limit=zeros(num_layers),
@@ -131,6 +139,7 @@ def train_step(
     *,
     step: int,
     weights: DomainWeights,
+    expert_weights: Tensor | None = None,
 ) -> StepTotals:
     """Takes one optimizer step, unless its loss or gradient is not finite.
 
@@ -146,6 +155,8 @@ def train_step(
         settings: See :class:`StepSettings`.
         step: Number of steps taken before; determines the batch.
         weights: Sampling and objective weights.
+        expert_weights: Weights of the experts as groups, shape ``(L, E)``, see
+            :mod:`drgr.training.expert_groups`; their loss is measured then. None for domains.
 
     Returns:
         The totals of the step. If ``is_finite`` says no, the parameters were not changed.
@@ -173,6 +184,7 @@ def train_step(
             batch,
             settings=settings,
             weights=weights,
+            expert_weights=expert_weights,
             sums=sums,
             is_last=number == settings.accumulation - 1,
         )
@@ -202,6 +214,7 @@ class _LocalSums:
         self.load = torch.zeros(num_layers, num_experts, dtype=torch.int64, device=device)
         shape = (num_layers, num_domains, num_experts)
         self.traffic = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.experts = torch.zeros(2, *self.load.shape, dtype=torch.float64, device=device)
         self.scalars = torch.zeros(2, dtype=torch.float64, device=device)
         # Spend and limit are those of the whole batch already, on every process.
         self.shared = torch.zeros(2, num_layers, dtype=torch.int64, device=device)
@@ -209,10 +222,11 @@ class _LocalSums:
 
     def totals(self, gradient_norm: Tensor, group: ProcessGroup | None) -> StepTotals:
         """Sums over processes, in one collective."""
-        parts = [self.local, self.load.double(), self.traffic, self.scalars]
+        parts = [self.local, self.load.double(), self.traffic, self.experts, self.scalars]
         packed = torch.cat([part.flatten() for part in parts])
         packed = sum_over_processes(packed, group).cpu()
-        local, load, traffic, scalars = packed.split([part.numel() for part in parts])
+        local, load, traffic, experts, scalars = packed.split([part.numel() for part in parts])
+        expert_losses, expert_credit = experts.view_as(self.experts)
         loss_sums, num_tokens, assignments = local.view_as(self.local)
         spend, limit = self.shared.double().cpu()
         return StepTotals(
@@ -222,6 +236,8 @@ class _LocalSums:
             expert_load=load.view_as(self.load),
             # The loss of a process is multiplied by their number.
             traffic=traffic.view_as(self.traffic) / world_size(group),
+            expert_losses=expert_losses,
+            expert_credit=expert_credit,
             spend=spend,
             limit=limit,
             over=self.over.double().cpu(),
@@ -239,6 +255,7 @@ def _micro_batch(
     *,
     settings: StepSettings,
     weights: DomainWeights,
+    expert_weights: Tensor | None,
     sums: _LocalSums,
     is_last: bool,
 ) -> None:
@@ -258,7 +275,12 @@ def _micro_batch(
         num_domains = sums.local.shape[1]
         loss_sums, num_tokens = domain_sums(losses, domain, num_domains)
         tokens_per_step = settings.batch_size * settings.sequence_length
-        objective = (weights.objective.to(loss_sums) * loss_sums).sum() / tokens_per_step
+        weighted = loss_sums
+        if expert_weights is not None:
+            factors = expert_token_weights(records, expert_weights.to(device))
+            weighted, _ = domain_sums(losses * factors.view_as(losses), domain, num_domains)
+            sums.experts += torch.stack(expert_sums(records, losses, sums.load.shape[1]))
+        objective = (weights.objective.to(weighted) * weighted).sum() / tokens_per_step
         _add_records(records, domain, batch.labels.shape[1], sums)
         attachment.observe(records)
         auxiliary = _auxiliary(records, settings, sums) / settings.accumulation

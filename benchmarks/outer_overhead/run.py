@@ -1,0 +1,133 @@
+"""What the outer loop costs: steps of ``drgr train`` with it against the same steps without.
+
+All variants run in turn in one process on the same batches; times are CPU seconds, which other work
+on the machine disturbs least. One round is ``every`` steps and, with an outer loop, one outer step.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.provenance import describe_source, write_result
+from drgr.data import prepare_corpus
+from drgr.recipes import drgr
+from drgr.training import RunConfig, build_run, override, resolve_cache
+from drgr.training.held_out import held_out_sums
+from drgr.training.step import is_finite, train_step
+
+LIMIT = 1.30
+VARIANTS: dict[str, list[str]] = {
+    "no outer loop": ["outer.variables=[]"],
+    "lookahead": [],
+    "hypergradient": ["outer.update=gradient"],
+    "hypergradient, 3 CG steps": [
+        "outer.update=gradient",
+        "outer.solver={kind: cg, max_steps: 3}",
+    ],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--corpus", default="drgr-8")
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--set", action="append", default=[], help="settings of the recipe drgr")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
+    parser.add_argument("--allow-dirty", action="store_true")
+    arguments = parser.parse_args()
+    environment = describe_source(allow_dirty=arguments.allow_dirty)
+    base = override(drgr(), [f"data.corpus={arguments.corpus}", *arguments.set])
+    corpus = prepare_corpus(
+        arguments.corpus,
+        cache=resolve_cache(arguments.cache),
+        vocabulary_size=base.data.vocabulary_size,
+    )
+    variants = {
+        name: one_round(override(base, settings), corpus) for name, settings in VARIANTS.items()
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(arguments.rounds + 1):
+        for name, run_round in variants.items():
+            started = time.process_time()
+            run_round(number)
+            if number:  # the first round warms up
+                seconds[name].append(time.process_time() - started)
+    plain = seconds["no outer loop"]
+    ratios = {
+        name: [mine / other for mine, other in zip(times, plain, strict=True)]
+        for name, times in seconds.items()
+    }
+    summary = {
+        name: {"median": statistics.median(r), "lowest": min(r), "highest": max(r)}
+        for name, r in ratios.items()
+    }
+    write_result(
+        arguments.output,
+        environment,
+        {
+            "claim": f"a step with the outer loop of the recipe drgr takes at most {LIMIT} times "
+            f"one without, at outer.every = {base.outer.every}",
+            "holds": summary["lookahead"]["median"] <= LIMIT,
+            "ratio_to_no_outer_loop": summary,
+            "seconds_per_round": seconds,
+            "config": base.model_dump(mode="json"),
+            "threads": torch.get_num_threads(),
+        },
+    )
+    for name, values in summary.items():
+        print(f"{name:<32}{values['median']:.3f} [{values['lowest']:.3f}, {values['highest']:.3f}]")
+
+
+def one_round(config: RunConfig, corpus: Any) -> Callable[[int], None]:
+    """Returns ``every`` steps of ``drgr train`` with their held-out passes and one outer step."""
+    run = build_run(config, corpus)
+    robustness, every = config.robustness, config.outer.every
+
+    def step(number: int) -> None:
+        if number % robustness.every == 0:
+            sums, counts, _ = held_out_sums(
+                run.attachment,
+                corpus,
+                run.settings,
+                run.flops,
+                step=number,
+                windows=robustness.windows,
+            )
+            run.adversary.observe(sums, counts)
+            run.adversary.refresh()
+        totals = train_step(
+            run.forward_model,
+            run.attachment,
+            run.optimizer,
+            corpus,
+            run.settings,
+            step=number,
+            weights=run.adversary.weights,
+        )
+        if not is_finite(totals):
+            raise SystemExit(f"step {number} is not finite")
+
+    def run_round(number: int) -> None:
+        for offset in range(every):
+            step(number * every + offset)
+        if run.outer is not None:
+            adversary = run.adversary
+            report = run.outer.step(
+                adversary.worst_case,
+                adversary.losses,
+                adversary.weights.adversary,
+                step=(number + 1) * every,
+            )
+            adversary.set_mixture(report.mixture)
+
+    return run_round
+
+
+if __name__ == "__main__":
+    main()
