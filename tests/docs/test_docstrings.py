@@ -22,6 +22,7 @@ RECORDS = {
     "LinearSolution",
     "LinearSolver",
     "LinearSystem",
+    "MiniBatchSolution",
     "Problem",
     "Root",
     "SaddlePoint",
