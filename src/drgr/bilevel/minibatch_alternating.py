@@ -169,26 +169,11 @@ def minimize_on_batches(
         state=state,
         merits=[state.merit],
     )
-    status = None
     for _ in range(max_trials):
         status = walk.trial()
         if status is not None:
-            break
-    return MiniBatchSolution(
-        outer_params=layout.structure(walk.state.outer),
-        inner_params=walk.state.inner,
-        merits=walk.merits,
-        allowances=walk.allowances,
-        stationarity=walk.stationarity,
-        step_size=walk.step_size,
-        last=walk.state.found,
-        num_accepted=walk.num_accepted,
-        num_rejected=walk.num_rejected,
-        num_batches=batches.drawn,
-        num_inner_steps=run.num_inner_steps,
-        num_hvps=run.num_hvps,
-        status=status or StopReason.MAX_STEPS,
-    )
+            return walk.solution(status)
+    return walk.solution(StopReason.MAX_STEPS)
 
 
 @dataclass(slots=True)
@@ -265,6 +250,24 @@ class _Walk:
             self._reject()
             return None
         return self._judged(moved, decrease)
+
+    def solution(self, status: StopReason) -> MiniBatchSolution:
+        """Returns where the method is, and all it counted."""
+        return MiniBatchSolution(
+            outer_params=self.run.outer.structure(self.state.outer),
+            inner_params=self.state.inner,
+            merits=self.merits,
+            allowances=self.allowances,
+            stationarity=self.stationarity,
+            step_size=self.step_size,
+            last=self.state.found,
+            num_accepted=self.num_accepted,
+            num_rejected=self.num_rejected,
+            num_batches=self.batches.drawn,
+            num_inner_steps=self.run.num_inner_steps,
+            num_hvps=self.run.num_hvps,
+            status=status,
+        )
 
     def _judged(self, moved: Tensor, decrease: float) -> StopReason | None:
         """Keeps a step if the merit falls enough."""
