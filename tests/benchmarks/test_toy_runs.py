@@ -87,6 +87,18 @@ def test_hypergradient(run_script):
     assert exactness
 
 
+def test_rivals(run_script):
+    """With whichever of the other libraries are there: none in the gate."""
+    result = run_script("benchmarks.hypergradient.rivals", "--dimension", "20", "--rounds", "1")
+    assert len(result["problems"]) == 4
+    assert result["claims"]["every answer of this package is right"]
+    assert set(result["libraries"]) == {"torchopt", "betty-ml"}
+    for problem in result["problems"]:
+        own = [row for row in problem["rows"] if row["solver"].startswith("drgr")]
+        assert len(own) == 2
+        assert all(row["seconds"]["lowest"] > 0 for row in own)
+
+
 def test_data_cleaning(run_script):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install '.[dev]'")
     result = run_script(
