@@ -119,6 +119,37 @@ def test_hypergradient(run_script):
     assert exactness
 
 
+def test_rivals(run_script):
+    """With whichever of the other libraries are there: none in the gate."""
+    result = run_script("benchmarks.hypergradient.rivals", "--dimension", "20", "--rounds", "1")
+    assert len(result["problems"]) == 4
+    assert result["claims"]["every answer of this package is right"]
+    assert set(result["libraries"]) == {"torchopt", "betty-ml"}
+    for problem in result["problems"]:
+        own = [row for row in problem["rows"] if row["solver"].startswith("drgr")]
+        assert len(own) == 2
+        assert all(row["seconds"]["lowest"] > 0 for row in own)
+
+
+def test_data_cleaning(run_script):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install '.[dev]'")
+    result = run_script(
+        "benchmarks.data_cleaning.run",
+        *("--seeds", "1", "--train", "150", "--validation", "100", "--steps", "3"),
+    )
+    assert len(result["runs"]) == 2
+    for run in result["runs"]:
+        methods = run["methods"]
+        assert len(methods) == 7
+        assert 0 < run["corrupted"] < run["corruption"] + 0.15
+        cleaned = methods["proximal alternating, CG"]
+        assert cleaned["last_merit"] < cleaned["first_merit"]
+        assert cleaned["largest_rise_of_merit"] <= 1e-12
+        assert cleaned["area_under_curve"] > 0.7
+        for name in ("descent, CG", "descent, Neumann, 5 terms", "descent, identity"):
+            assert methods[name]["gradients"] >= cleaned["gradients"]
+
+
 def test_a_result_from_changed_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import provenance

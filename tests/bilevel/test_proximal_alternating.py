@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from drgr.bilevel import CG, ProximalAlternating, StopReason, hypergradient, proximal_alternating
+from drgr.bilevel import CG, ProximalAlternating, StopReason, alternation, hypergradient
 from drgr.errors import NonFiniteLossError
 from drgr.numerics import project_simplex, soft_threshold
 
@@ -238,7 +238,7 @@ def test_limits_and_stalls_say_so(monkeypatch):
     arguments = curved(sizes=(4, 2))
     method = ProximalAlternating(inner_optimizer=descent(0.4), step_size=1e-3)
     assert method.minimize(*arguments, max_steps=3).status is StopReason.MAX_STEPS
-    monkeypatch.setattr(proximal_alternating, "_MOST_INNER_STEPS", 20)
+    monkeypatch.setattr(alternation, "_MOST_INNER_STEPS", 20)
     stalled = method.minimize(*arguments, tolerance=1e-300)
     assert stalled.status is StopReason.STALLED
     assert stalled.stationarity < 1e-6

@@ -24,6 +24,7 @@ RECORDS = {
     "LinearSolution",
     "LinearSolver",
     "LinearSystem",
+    "MiniBatchSolution",
     "Oracle",
     "OracleCalls",
     "Point",

@@ -3,9 +3,9 @@
 Reading order: ``structures`` (nested parameters as vectors), ``products`` (Hessian-vector products
 in three ways), ``linear_system`` with its ``status``, the solvers ``conjugate_gradients``
 (preconditioned by ``diagonals``), ``neumann`` and ``direct_solvers``, ``hypergradient`` (the entry
-point), and ``proximal_alternating``, the method that uses it. ``single_loop`` holds the stochastic
-methods. What can be proved, from the constants of a problem, is in ``bounds`` and
-``descent_bounds`` (see ``docs/theory.md``).
+point), and ``proximal_alternating``, the method that uses it, with ``minibatch_alternating``.
+``single_loop`` holds the stochastic methods. What can be proved, from the constants of a problem,
+is in ``bounds`` and ``descent_bounds`` (see ``docs/theory.md``).
 """
 
 from drgr.bilevel.conjugate_gradients import CG
@@ -13,6 +13,7 @@ from drgr.bilevel.diagonals import adam_diagonal, hutchinson_diagonal
 from drgr.bilevel.direct_solvers import Exact, Identity, RandomSubspace
 from drgr.bilevel.hypergradient import Hypergradient, hypergradient
 from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
+from drgr.bilevel.minibatch_alternating import MiniBatchSolution, minimize_on_batches
 from drgr.bilevel.neumann import Neumann
 from drgr.bilevel.products import HvpMode, SecondDerivatives, second_derivatives
 from drgr.bilevel.proximal_alternating import BilevelSolution, ProximalAlternating, StopReason
@@ -52,6 +53,7 @@ __all__ = [
     "LinearSolution",
     "LinearSolver",
     "LinearSystem",
+    "MiniBatchSolution",
     "Neumann",
     "Oracle",
     "OracleCalls",
@@ -70,5 +72,6 @@ __all__ = [
     "adam_diagonal",
     "hutchinson_diagonal",
     "hypergradient",
+    "minimize_on_batches",
     "second_derivatives",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from drgr._checks import check_positive, check_shape
-from drgr.bilevel.linear_system import LinearSolution, LinearSystem, dot, first_residual
+from drgr.bilevel.linear_system import LinearSolution, LinearSystem, dot, dots, first_residual
 from drgr.bilevel.status import SolveStatus
 
 _STEPS_PER_DIMENSION = 10
@@ -117,21 +117,23 @@ class CG:
         floor = rounding**2 * dot(residual, residual)
         for used in range(1, limit + 1):
             product = system.apply(direction)
-            bent, length = dot(direction, product), dot(direction, direction)
+            bent, length, image = dots(
+                (direction, product), (direction, direction), (product, product)
+            )
             if not math.isfinite(bent):
                 return _Run(point, curvature, used, SolveStatus.NON_FINITE)
             curvature = min(curvature, bent / length)
-            if bent <= rounding * math.sqrt(length * dot(product, product)):
+            if bent <= rounding * math.sqrt(length * image):
                 return _Run(point, curvature, used, SolveStatus.NEGATIVE_CURVATURE)
             step = weight / bent
-            point = point + step * direction
-            residual = residual - step * product
+            point = torch.add(point, direction, alpha=step)
+            residual = torch.sub(residual, product, alpha=step)
             left = dot(residual, residual)
             if left <= floor or self._is_small(left, size, point, curvature):
                 return _Run(point, curvature, used, SolveStatus.CONVERGED)
-            scaled = self._precondition(residual)
-            weight, before = dot(residual, scaled), weight
-            direction = scaled + (weight / before) * direction
+            scaled, before = self._precondition(residual), weight
+            weight = left if scaled is residual else dot(residual, scaled)
+            direction = torch.add(scaled, direction, alpha=weight / before)
         return _Run(point, curvature, limit, SolveStatus.MAX_STEPS)
 
     def _precondition(self, residual: Tensor) -> Tensor:

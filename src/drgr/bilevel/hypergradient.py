@@ -169,11 +169,11 @@ def hypergradient(
     products = second_derivatives(
         hvp, point.loss(inner_loss), point.outer, point.inner, retain_graph=retain_graph
     )
-    system = LinearSystem(apply=lambda v: mean(products.hessian(v)) + damping * v, rhs=rhs)
+    system = LinearSystem(apply=lambda v: _damped(mean(products.hessian(v)), v, damping), rhs=rhs)
     solver = solver or CG()
     found = _solved(solver, system, _start(start, inner))
     hessian, cross = (mean(product) for product in products.hessian_and_cross(found.point))
-    quality = _quality(found, hessian + damping * found.point, system, solver)
+    quality = _quality(found, _damped(hessian, found.point, damping), system, solver)
     return Hypergradient(
         grads=outer.structure((direct - cross).detach()),
         outer_loss=outer_value,
@@ -247,6 +247,10 @@ def _start(start: Parameters | None, layout: Layout) -> Tensor | None:
         return None
     check_same_structure("start", start, layout)
     return layout.vector(start)
+
+
+def _damped(product: Tensor, vector: Tensor, damping: float) -> Tensor:
+    return torch.add(product, vector, alpha=damping) if damping else product
 
 
 def _solved(solver: LinearSolver, system: LinearSystem, start: Tensor | None) -> LinearSolution:

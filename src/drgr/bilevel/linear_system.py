@@ -60,3 +60,9 @@ def first_residual(system: LinearSystem, start: Tensor | None) -> tuple[Tensor, 
 def dot(left: Tensor, right: Tensor) -> float:
     """Returns the inner product of two vectors."""
     return torch.dot(left, right).item()
+
+
+def dots(*pairs: tuple[Tensor, Tensor]) -> list[float]:
+    """Returns inner products of vectors, which an accelerator is waited for once, not each."""
+    values: list[float] = torch.stack([torch.dot(left, right) for left, right in pairs]).tolist()
+    return values

@@ -16,35 +16,26 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from drgr._checks import check_not_negative, check_positive
-from drgr.bilevel.conjugate_gradients import CG
-from drgr.bilevel.hypergradient import Hypergradient, ParameterLoss, hypergradient
-from drgr.bilevel.inner_level import InnerOptimizer, inner_solution
+from drgr.bilevel.alternation import (
+    BLIND_STEPS,
+    GROW,
+    LEAST_RTOL,
+    SHRINK,
+    SIGMA,
+    Accuracy,
+    Alternation,
+    ProximalMap,
+    State,
+)
+from drgr.bilevel.hypergradient import Hypergradient, ParameterLoss
+from drgr.bilevel.inner_level import InnerOptimizer
 from drgr.bilevel.products import HvpMode
-from drgr.bilevel.structures import Layout, Parameters, layout_of
-from drgr.errors import NonFiniteLossError
+from drgr.bilevel.structures import Parameters, layout_of
 
-ProximalMap = Callable[[Parameters, float], Parameters]
-"""``(x, step) -> argmin_u Omega(u) + |u - x|^2 / (2 step)``; a projection ignores ``step``."""
-
-# Share of the first-order decrease that a step must achieve, and of that what the linear
-# residual may hide.
-_SIGMA = 0.1
-_HIDDEN = 0.25
-_SHRINK, _GROW = 0.5, 1.5
 _BACKTRACKS = 60
-_TIGHTER = 0.1
-_LEAST_RTOL = 1e-12
-# An inner gradient of this share of the tolerance needs no more steps.
-_ENOUGH = 0.01
-_MOST_INNER_STEPS = 10_000
-# So many steps in a row may lower the merit by less than its rounding.
-_BLIND_STEPS = 100
-# Merits that differ by this many roundings are equal.
-_ROUNDINGS = 16.0
 
 
 class StopReason(Enum):
@@ -55,6 +46,10 @@ class StopReason(Enum):
     STALLED = (
         "stopped where no step lowers the merit by more than rounding: "
         "raise merit_weight or damping, or take float64"
+    )
+    NOISE = (
+        "stopped where the noise of the batches hides what steps gain: "
+        "take larger batches, a lower inner learning rate or a larger allowance"
     )
 
     def __str__(self) -> str:
@@ -94,7 +89,7 @@ class BilevelSolution:
 class ProximalAlternating:
     r"""Minimises ``F(x, y*(x)) + Omega(x)`` with ``y*(x) = argmin_y g(x, y)``.
 
-    Deterministic losses; for mini-batches fix a probe batch in both.
+    Deterministic losses; for mini-batches see :func:`minimize_on_batches`.
 
     Args:
         inner_optimizer: Makes a ``torch.optim`` optimizer of a list of tensors, for instance
@@ -172,26 +167,31 @@ class ProximalAlternating:
         """
         check_positive("tolerance", tolerance)
         check_positive("max_steps", max_steps)
-        problem = _Losses(outer_loss, inner_loss, layout_of("outer_params", outer_params))
-        goal = _Goal(tolerance=tolerance)
-        accuracy, step_size = _Accuracy(self.inner_steps, self.rtol), self.step_size
-        state = self._evaluated(
-            problem, problem.outer.vector(outer_params), inner_params, accuracy, goal
+        layout = layout_of("outer_params", outer_params)
+        run = Alternation(
+            method=self,
+            outer_loss=outer_loss,
+            inner_loss=inner_loss,
+            steps_loss=inner_loss,
+            outer=layout,
+            tolerance=tolerance,
         )
+        accuracy, step_size = Accuracy(self.inner_steps, self.rtol), self.step_size
+        state = run.evaluated(layout.vector(outer_params), inner_params, accuracy)
         merits, num_steps, blind, stationarity = [state.merit], 0, 0, math.inf
         status = StopReason.MAX_STEPS
         while num_steps < max_steps:
-            search = self._searched(problem, state, step_size, accuracy, goal)
+            search = _searched(run, state, step_size, accuracy)
             stationarity, step_size = search.stationarity, search.step_size
             if search.kept is not None:
                 state, num_steps = search.kept, num_steps + 1
                 blind = blind + 1 if merits[-1] - state.merit <= state.rounding else 0
                 merits.append(state.merit)
-                if blind < _BLIND_STEPS:
+                if blind < BLIND_STEPS:
                     continue
                 status = StopReason.STALLED
                 break
-            if stationarity <= tolerance and _is_accurate(state.found, tolerance):
+            if stationarity <= tolerance and state.is_accurate(tolerance):
                 status = StopReason.CONVERGED
                 break
             if accuracy.is_last:
@@ -199,168 +199,49 @@ class ProximalAlternating:
                 break
             accuracy = accuracy.tightened()
             # No residual may grow here, or the merit could.
-            rtol = max(min(accuracy.rtol, state.found.residual), _LEAST_RTOL)
-            sharp = replace(accuracy, rtol=rtol)
-            state = self._evaluated(problem, state.outer, state, sharp, goal)
+            rtol = max(min(accuracy.rtol, state.found.residual), LEAST_RTOL)
+            state = run.evaluated(state.outer, state, replace(accuracy, rtol=rtol))
             merits.append(state.merit)
         return BilevelSolution(
-            outer_params=problem.outer.structure(state.outer),
+            outer_params=layout.structure(state.outer),
             inner_params=state.inner,
             merits=merits,
             stationarity=stationarity,
             step_size=step_size,
             last=state.found,
             num_steps=num_steps,
-            num_inner_steps=goal.num_inner_steps,
-            num_hvps=goal.num_hvps,
+            num_inner_steps=run.num_inner_steps,
+            num_hvps=run.num_hvps,
             status=status,
         )
 
-    def _searched(
-        self,
-        problem: "_Losses",
-        state: "_State",
-        start: float,
-        accuracy: "_Accuracy",
-        goal: "_Goal",
-    ) -> "_Search":
-        """Shrinks the step until the merit falls enough."""
-        slope = problem.outer.vector(state.found.grads)
-        step_size, stationarity = start, math.inf
-        for trial in range(_BACKTRACKS):
-            moved = self._moved(problem, state.outer, slope, step_size)
-            distance = (moved - state.outer).norm().item()
-            if trial == 0:
-                stationarity = distance / step_size
-            if stationarity <= goal.tolerance:
-                break
-            decrease = _SIGMA * distance**2 / step_size
-            sharp = replace(accuracy, rtol=self._rtol(state.found, decrease, accuracy))
-            candidate = self._tried(problem, moved, state, sharp, goal)
-            if candidate is not None:
-                enough = state.merit + state.rounding - decrease
-                if candidate.merit <= enough:
-                    grown = step_size * _GROW if trial == 0 else step_size
-                    return _Search(candidate, stationarity, grown)
-                # A shorter step would not help where the inner error alone hides the decrease.
-                error = self.merit_weight / 2 * candidate.found.inner_gradient**2
-                if candidate.merit - error <= enough and error > decrease:
-                    return _Search(None, stationarity, step_size)
-            step_size *= _SHRINK
-        return _Search(None, stationarity, start)
-
-    def _rtol(self, found: Hypergradient, decrease: float, accuracy: "_Accuracy") -> float:
-        """Returns the tolerance at which the linear residual hides little of a decrease."""
-        if found.outer_gradient == 0:
-            return accuracy.rtol
-        allowed = math.sqrt(_HIDDEN * decrease * 2 / self.merit_weight) / found.outer_gradient
-        return max(min(allowed, accuracy.rtol), _LEAST_RTOL)
-
-    def _moved(self, problem: "_Losses", outer: Tensor, slope: Tensor, step_size: float) -> Tensor:
-        moved = outer - step_size * slope
-        if self.prox is None:
-            return moved
-        return problem.outer.vector(self.prox(problem.outer.structure(moved), step_size))
-
-    def _tried(
-        self,
-        problem: "_Losses",
-        moved: Tensor,
-        state: "_State",
-        accuracy: "_Accuracy",
-        goal: "_Goal",
-    ) -> "_State | None":
-        """Returns the state at a trial point, None where a loss overflows there."""
-        try:
-            return self._evaluated(problem, moved, state, accuracy, goal)
-        except NonFiniteLossError:
-            return None
-
-    def _evaluated(
-        self,
-        problem: "_Losses",
-        outer: Tensor,
-        start: "_State | Parameters",
-        accuracy: "_Accuracy",
-        goal: "_Goal",
-    ) -> "_State":
-        """Solves the inner problem and the linear system as accurately as asked, from a start."""
-        params = problem.outer.structure(outer)
-        warm = start if isinstance(start, _State) else None
-        trained = inner_solution(
-            problem.inner_loss,
-            params,
-            warm.inner if warm else start,
-            self.inner_optimizer,
-            max_steps=accuracy.inner_steps,
-            tolerance=_ENOUGH * goal.tolerance,
-        )
-        inner = trained.params
-        goal.num_inner_steps += trained.num_steps
-        found = hypergradient(
-            problem.outer_loss,
-            problem.inner_loss,
-            params,
-            inner,
-            solver=CG(rtol=accuracy.rtol),
-            damping=self.damping,
-            hvp=self.hvp,
-            start=warm.found.auxiliary if warm else None,
-        )
-        goal.num_hvps += found.num_hvps
-        omega = self.penalty(params).item() if self.penalty is not None else 0.0
-        merit = found.merit(self.merit_weight) + omega
-        rounding = _ROUNDINGS * torch.finfo(outer.dtype).eps * (abs(merit) + abs(omega))
-        return _State(outer, inner, found, merit, rounding)
-
-
-def _is_accurate(found: Hypergradient, tolerance: float) -> bool:
-    return max(found.inner_gradient, found.residual_norm) <= tolerance
-
-
-@dataclass(frozen=True, slots=True)
-class _Losses:
-    outer_loss: ParameterLoss
-    inner_loss: ParameterLoss
-    outer: Layout
-
-
-@dataclass(slots=True, kw_only=True)
-class _Goal:
-    """What to reach, and what was spent on it."""
-
-    tolerance: float
-    num_inner_steps: int = 0
-    num_hvps: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Accuracy:
-    """How accurately the inner problem and the linear system are solved."""
-
-    inner_steps: int
-    rtol: float
-
-    @property
-    def is_last(self) -> bool:
-        return self.inner_steps >= _MOST_INNER_STEPS and self.rtol <= _LEAST_RTOL
-
-    def tightened(self) -> "_Accuracy":
-        return _Accuracy(
-            inner_steps=max(self.inner_steps, min(2 * self.inner_steps, _MOST_INNER_STEPS)),
-            rtol=min(self.rtol, max(_TIGHTER * self.rtol, _LEAST_RTOL)),
-        )
-
-
-class _State(NamedTuple):
-    outer: Tensor
-    inner: Parameters
-    found: Hypergradient
-    merit: float
-    rounding: float
-
 
 class _Search(NamedTuple):
-    kept: _State | None
+    kept: State | None
     stationarity: float
     step_size: float
+
+
+def _searched(run: Alternation, state: State, start: float, accuracy: Accuracy) -> _Search:
+    """Shrinks the step until the merit falls enough."""
+    slope = run.outer.vector(state.found.grads)
+    step_size, stationarity = start, math.inf
+    for trial in range(_BACKTRACKS):
+        moved = run.moved(state.outer, slope, step_size)
+        distance = (moved - state.outer).norm().item()
+        if trial == 0:
+            stationarity = distance / step_size
+        if stationarity <= run.tolerance:
+            break
+        decrease = SIGMA * distance**2 / step_size
+        sharp = replace(accuracy, rtol=run.rtol(state.found, decrease, accuracy))
+        candidate = run.tried(moved, state, sharp)
+        if candidate is not None:
+            enough = state.merit + state.rounding - decrease
+            if candidate.merit <= enough:
+                grown = step_size * GROW if trial == 0 else step_size
+                return _Search(candidate, stationarity, grown)
+            if run.hides(candidate, enough, decrease):
+                return _Search(None, stationarity, step_size)
+        step_size *= SHRINK
+    return _Search(None, stationarity, start)

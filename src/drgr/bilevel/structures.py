@@ -30,8 +30,10 @@ class Layout:
             parts: tuple[Tensor, ...] = (vector,)
         else:
             parts = vector.split([leaf.numel() for leaf in leaves])
+        # A view that changes nothing would be one more node of every derivative.
         shaped = (
-            part.view(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)
+            (part if part.shape == leaf.shape else part.view(leaf.shape)).to(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
         )
         return rebuilt(self.like, iter(shaped))
 
