@@ -226,13 +226,13 @@ def test_a_proximal_map_gets_the_step_size(quadratic_sum, drawn, monkeypatch):
     drawn(monkeypatch, 0, 0)
     method = loop(
         outer_step=lambda step: 0.5 / (step + 1),
-        prox=lambda x, step: soft_threshold(x, threshold=3.0 * step),
+        prox=lambda x, step: soft_threshold(x, threshold=0.8 * step),
     )
     result = method.minimize(sums.problem, X, Y, num_steps=1)
     by_x = sums.directions(X, Y, torch.zeros_like(Y), slice(1), slice(1))[2]
     moved = X - 0.5 * by_x
-    torch.testing.assert_close(result.outer_params, moved.sign() * (moved.abs() - 1.5).clamp_min(0))
-    assert (result.outer_params == 0).any()
+    torch.testing.assert_close(result.outer_params, moved.sign() * (moved.abs() - 0.4).clamp_min(0))
+    assert 0 < (result.outer_params == 0).sum() < 3
 
 
 def test_plain_methods_reach_the_stationary_point_of_all_batches(quadratic_sum):
