@@ -190,6 +190,18 @@ def test_sources_of_single_tokens(build_family):
     torch.testing.assert_close(traffic[0], expected.detach(), rtol=1e-5, atol=1e-9)
 
 
+def test_recordings_may_overlap(build_family):
+    model = build_family("olmoe")
+    attachment = attach(model, budget=BUDGET)
+    with attachment.from_source(0), attachment.record_traffic(num_sources=2) as outer:
+        with attachment.record_traffic(num_sources=1) as inner:
+            loss_of(model, tokens()).backward()
+        loss_of(model, tokens()).backward()
+    assert inner.sum() > 0
+    assert (outer[:, 0].sum() > inner.sum()).all()
+    assert not outer[:, 1].any()
+
+
 def test_evaluation_measures_nothing(build_family):
     model = build_family("olmoe").eval()
     attachment = attach(model, budget=BUDGET)

@@ -178,7 +178,7 @@ def exchanged_bytes(
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrafficMeter:
     """Where the backward pass of one layer adds its traffic, and what that costs.
 

@@ -41,6 +41,10 @@ class Attachment:
 
     The model's parameters, ``state_dict`` keys, ``output_router_logits`` and ``save_pretrained``
     are untouched; the state of the routing is here, in :meth:`state_dict`.
+
+    Attributes:
+        model: The model.
+        link_gates: Gates of the links between sources and experts; ``None`` without any.
     """
 
     def __init__(
