@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from drgr._checks import check_not_negative
+from drgr.bilevel.alternation import ProximalMap
 from drgr.bilevel.inner_level import InnerOptimizer
 from drgr.bilevel.products import HvpMode
-from drgr.bilevel.proximal_alternating import ProximalMap
 from drgr.bilevel.single_loop.estimator import Directions, Estimator
 from drgr.bilevel.single_loop.inner_variable import InnerVariable
 from drgr.bilevel.single_loop.oracle import Curvature, Oracle, OracleCalls, Point
