@@ -69,6 +69,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.link_gates": True,
     "routing.traffic.measure": False,
     "routing.traffic.coefficient": 0.01,
+    "robustness.groups": "experts",
     "robustness.apply_to": "objective",
     "robustness.divergence": "chi-square",
     "robustness.penalty": 0.125,

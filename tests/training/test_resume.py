@@ -35,6 +35,13 @@ VARIANTS = {
             "solver": {"kind": "cg", "max_steps": 2},
         },
     },
+    "experts-as-groups": {
+        "robustness__groups": "experts",
+        "robustness__apply_to": "objective",
+        "robustness__losses": "train",
+        "robustness__unit": "nats-per-token",
+        "robustness__nominal": "previous",
+    },
     "previous-nominal": {
         "robustness__apply_to": "objective",
         "robustness__nominal": "previous",

@@ -7,10 +7,37 @@ from torch import Tensor
 
 from drgr.ambiguity import KL, ChiSquare, load_reference_losses
 from drgr.data import Corpus
+from drgr.errors import ConfigError
 from drgr.integrations.transformers import Attachment
 from drgr.training.adversary import DomainAdversary
 from drgr.training.config import RobustnessConfig, RunConfig
 from drgr.training.expert_groups import ExpertAdversaries
+
+
+def check_robustness(settings: RobustnessConfig) -> None:
+    """Checks settings of the adversary against each other.
+
+    Raises:
+        ConfigError: If experts are to be weighed by what they do not have, or an excess is to be
+            clipped that there is none of.
+    """
+    fits = (
+        settings.apply_to == "objective"
+        and settings.losses == "train"
+        and settings.unit == "nats-per-token"
+        and settings.reference is None
+    )
+    if settings.groups == "experts" and not fits:
+        raise ConfigError(
+            "robustness.groups experts needs apply_to objective, losses train, unit nats-per-token "
+            f"and no reference, got {settings.apply_to}, {settings.losses}, {settings.unit} and "
+            f"{settings.reference}"
+        )
+    if settings.clip_excess and settings.reference is None:
+        raise ConfigError(
+            "robustness.clip_excess needs a reference to exceed, got reference null; name the "
+            "evaluation.json of a reference run"
+        )
 
 
 def build_adversary(config: RunConfig, corpus: Corpus, sampling: Tensor) -> DomainAdversary:

@@ -149,26 +149,6 @@ class RobustnessConfig(BaseModel):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_groups(self) -> "RobustnessConfig":
-        fits = (
-            self.apply_to == "objective"
-            and self.losses == "train"
-            and self.reference is None
-            and self.unit == "nats-per-token"
-        )
-        if self.groups == "experts" and not fits:
-            raise ValueError(
-                "groups experts need apply_to objective, losses train, unit nats-per-token and no "
-                f"reference, got {self.apply_to}, {self.losses}, {self.unit} and {self.reference}"
-            )
-        if self.clip_excess and self.reference is None:
-            raise ValueError(
-                "clip_excess needs a reference to exceed, got reference None; name the "
-                "evaluation.json of a reference run"
-            )
-        return self
-
 
 class TrainingConfig(BaseModel):
     """Optimisation, precision, and how often things are written."""

@@ -29,7 +29,7 @@ from drgr.routing import (
     exchanged_bytes,
 )
 from drgr.training.adversary import DomainAdversary
-from drgr.training.adversary_setup import build_adversary, build_experts
+from drgr.training.adversary_setup import build_adversary, build_experts, check_robustness
 from drgr.training.config import (
     BudgetConfig,
     ControllerConfig,
@@ -104,6 +104,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
         UnknownRouterError: If the model cannot be attached to.
     """
     _check_batch_split(config)
+    check_robustness(config.robustness)
     check_outer(config)
     check_sequence_length(corpus, config.data.sequence_length)
     sampling = sampling_weights(config, corpus)
