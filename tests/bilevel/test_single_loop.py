@@ -65,6 +65,7 @@ def test_a_step_of_soba_is_its_formula(quadratic_sum, drawn, monkeypatch, mode):
     torch.testing.assert_close(result.outer_params, X - 0.05 * by_x, **tolerance)
     curvature = (z @ sums.inner[0][2] @ z / (z @ z)).item()
     assert result.curvature == pytest.approx(curvature, rel=1e-6)
+    assert result.num_negative_curvatures == 0
     assert result.calls == OracleCalls(
         inner_gradients=1, hessian_products=1, cross_products=1, outer_gradients=1
     )
@@ -171,9 +172,12 @@ def test_a_restored_run_goes_on_bit_for_bit(quadratic_sum, estimator, optimizer)
     assert found.curvature == expected.curvature
     assert found.state_numel == expected.state_numel
     # The saved state is a copy: a run that went on did not change it.
-    first.load_state_dict(second.state_dict())
+    state = second.state_dict()
     second.advance(3)
-    assert torch.equal(first.result().outer_params, expected.outer_params)
+    first.load_state_dict(state)
+    copy = first.result()
+    for name in ("outer_params", "inner_params", "auxiliary"):
+        assert torch.equal(getattr(copy, name), getattr(expected, name)), name
 
 
 def test_nested_parameters_of_several_dtypes(quadratic_sum, drawn, monkeypatch):

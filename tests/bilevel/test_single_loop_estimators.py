@@ -201,6 +201,11 @@ def test_stocbio_sums_a_neumann_series(quadratic_sum, drawn, monkeypatch):
         inner_gradients=2, hessian_products=3, cross_products=1, outer_gradients=1
     )
     run.advance()  # forgets z: the same series again from the new point
+    y, z, _ = variables(run)
+    right, _ = sums.outer_gradients(expected, y, one(0))
+    torch.testing.assert_close(
+        z, 0.3 * sum(torch.linalg.matrix_power(shrink, q) @ right for q in range(4))
+    )
     assert run.result().calls.hessian_products == 6
 
 

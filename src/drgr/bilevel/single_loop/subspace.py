@@ -49,7 +49,8 @@ class SubspaceSOBA:
 
     Complexity:
         4 oracle calls a step, 5 with ``"probe"``; O(d r) random numbers for each of about six
-        multiplications with ``P``. Memory ``d_y + r^2 + 1`` and the optimizer's state of ``r``.
+        multiplications with ``P``. Memory ``d_y + r^2 + r + 1`` and the optimizer's state of ``r``:
+        less than :class:`SOBA` keeps with Adam where ``r^2`` is well below ``2 d_y``.
 
     References:
         Zhang, Kong, Zhang, Yuan, 2026 (BROS; the idea only).
