@@ -26,6 +26,7 @@ TRAIN = {
     "step": COUNT,
     "tokens": COUNT,
     "flops": NUMBER,
+    "outer_flops": NUMBER,
     "seconds": NUMBER,
     "tokens_per_second": NUMBER,
     "learning_rate": NUMBER,
@@ -60,11 +61,29 @@ VALIDATION = {
     "budget": COUNT,
     "spend": COUNT,
 }
+OUTER = {
+    "kind": TEXT,
+    "step": COUNT,
+    "mixture": BY_DOMAIN,
+    "gain": BY_DOMAIN,
+    "scale": "number or null",
+    "gap": NUMBER,
+    "solver": {
+        "status": TEXT,
+        "residual": "number or null",
+        "curvature": "number or null",
+        "hvps": COUNT,
+    },
+    "gradient_norm": "number or null",
+    "links_closed": COUNT,
+    "flops": NUMBER,
+}
 ALARM = {"kind": TEXT, "step": COUNT, "message": TEXT}
 EVALUATION = {
     "split": TEXT,
     "step": COUNT,
     "flops": NUMBER,
+    "outer_flops": NUMBER,
     "tokens_per_second": NUMBER,
     "seconds": NUMBER,
     "domains": {
@@ -74,6 +93,7 @@ EVALUATION = {
             "loss": NUMBER,
             "bits_per_byte": NUMBER,
             "adversarial_weight": NUMBER,
+            "average_share": NUMBER,
             "experts_per_token": NUMBER,
         }
     },
@@ -162,6 +182,30 @@ def test_records_follow_the_documentation(runs: ModuleType, corpus: Corpus, run_
     ]
     evaluation = json.loads((run_path / "evaluation.json").read_text())
     check(evaluation, EVALUATION, domains)
+
+
+@pytest.mark.parametrize("solver", ["none", "cg", "neumann"])
+def test_outer_records_follow_the_documentation(runs, corpus: Corpus, tmp_path, solver):
+    config = runs.small_config(
+        robustness__apply_to="nothing",
+        routing__link_gates=True,
+        outer={
+            "variables": ["mixture", "router", "link-gates"],
+            "update": "gradient",
+            "begin": 2,
+            "every": 5,
+            "solver": {"kind": solver},
+        },
+        training__steps=8,
+    )
+    runs.run_small(config, corpus, tmp_path)
+    records = [r for r in runs.read_records(tmp_path) if r["kind"] == "outer"]
+    assert [record["step"] for record in records] == [3, 8]
+    assert records[0]["scale"] is None
+    for record in records:
+        check(record, OUTER, set(corpus.domains))
+        assert sum(record["mixture"].values()) == pytest.approx(1)
+        assert (record["solver"]["status"] == "none") == (solver == "none")
 
 
 def test_the_schema_check_can_fail(runs: ModuleType, corpus: Corpus, run_path):

@@ -160,6 +160,16 @@ def test_without_a_minimum_the_response_leaves_the_hessian_out(runs, corpus, tmp
     torch.testing.assert_close(report.gain, step(plain, 7).gain)
 
 
+def test_a_series_that_diverges_is_not_followed(runs, corpus, tmp_path):
+    options = {"variables": ["mixture"], "update": "gradient"}
+    solver = {"kind": "neumann", "num_terms": 3, "step_size": 1.0}
+    run = trained(runs, corpus, tmp_path / "long", solver=solver, **options)
+    report = step(run, 7)
+    assert report.status == "diverged"
+    plain = trained(runs, corpus, tmp_path / "none", **options)
+    torch.testing.assert_close(report.gain, step(plain, 7).gain)
+
+
 def test_a_neumann_series_of_no_damping_share_is_refused(runs):
     with pytest.raises(ConfigError, match=r"outer.solver.step_size"):
         runs.small_config(outer=OUTER | {"solver": {"kind": "neumann", "step_size": 0.0}})

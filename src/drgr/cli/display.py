@@ -152,7 +152,8 @@ def evaluation_summary(record: Record) -> str:
         f"{trained['batches_over']} batches over",
         f"spend at evaluation   {evaluated['spend']:,} of {evaluated['budget']:,} assignments "
         f"({evaluated['spend'] / max(1, evaluated['budget']):.1%}), at the frozen price",
-        f"training FLOPs        {record['flops']:.3e}",
+        f"training FLOPs        {record['flops']:.3e}, of which {record['outer_flops']:.1e} in the "
+        "outer loop",
         f"speed                 {record['tokens_per_second']:,.0f} tokens/s",
     ]
     lines += [

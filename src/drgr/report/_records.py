@@ -52,13 +52,14 @@ class LayerWindow:
 class TrainRecord:
     """Training between two log lines; see ``docs/run-directory.md`` for each field.
 
-    ``tokens``, ``flops``, ``seconds`` and ``domain_tokens`` are cumulative since the start; the
+    ``tokens``, ``flops``, ``outer_flops``, ``seconds`` and ``domain_tokens`` are cumulative; the
     rest describes the window that ends at ``step``.
     """
 
     step: int
     tokens: float | None
     flops: float | None
+    outer_flops: float | None
     seconds: float | None
     tokens_per_second: float | None
     loss: float | None
@@ -150,6 +151,7 @@ class EvaluationRecord:
     split: str | None
     step: float | None
     flops: float | None
+    outer_flops: float | None
     tokens_per_second: float | None
     seconds: float | None
     domains: Mapping[str, DomainEvaluation]

@@ -66,6 +66,7 @@ class RunSummary:
     exchanged_forward: float | None
     exchanged_backward: float | None
     flops: float | None
+    outer_flops: float | None
     tokens_per_second: float | None
     seconds: float | None
 
@@ -159,6 +160,7 @@ def _from_evaluation(evaluation: EvaluationRecord) -> RunSummary:
         exchanged_forward=evaluation.exchanged_forward,
         exchanged_backward=evaluation.exchanged_backward,
         flops=evaluation.flops,
+        outer_flops=evaluation.outer_flops,
         tokens_per_second=evaluation.tokens_per_second,
         seconds=evaluation.seconds,
     )
@@ -181,6 +183,7 @@ def _from_records(run: RunRecord) -> RunSummary:
         exchanged_forward=train.exchanged_forward if train else None,
         exchanged_backward=train.exchanged_backward if train else None,
         flops=train.flops if train else None,
+        outer_flops=train.outer_flops if train else None,
         tokens_per_second=train.tokens_per_second if train else None,
         seconds=train.seconds if train else None,
     )

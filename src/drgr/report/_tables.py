@@ -108,6 +108,7 @@ def totals(summary: RunSummary) -> Html:
         ("Exchange a step, forward", summary.exchanged_forward, size(summary.exchanged_forward)),
         ("Exchange a step, backward", summary.exchanged_backward, size(summary.exchanged_backward)),
         ("Training compute", summary.flops, flops(summary.flops)),
+        ("Of that the outer loop", summary.outer_flops, flops(summary.outer_flops)),
         ("Throughput", summary.tokens_per_second, f"{number(summary.tokens_per_second)} tokens/s"),
         ("Training time", summary.seconds, duration(summary.seconds)),
     ]

@@ -293,6 +293,7 @@ def _log(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
         cumulative={
             "tokens": int(state.total.num_tokens.sum()),
             "flops": state.flops,
+            "outer_flops": state.outer_flops,
             "seconds": state.seconds,
             "tokens_per_second": state.tokens_per_second,
             "learning_rate": learning_rate(run.config.training, state.step - 1),

@@ -107,8 +107,8 @@ def training_record(
         near_one_hot: Whether the adversary's weights are nearly on one domain.
         links: Which links are open, shape ``(L, G, E)``; ``None`` without link gates.
         exchanged: ``forward`` and ``backward`` bytes of a step under expert parallelism.
-        cumulative: ``tokens``, ``flops``, ``seconds``, ``tokens_per_second``, ``learning_rate`` and
-            ``domain_tokens`` by now.
+        cumulative: ``tokens``, ``flops``, ``outer_flops``, ``seconds``, ``tokens_per_second``,
+            ``learning_rate`` and ``domain_tokens`` by now.
     """
     num_layers = len(layer_names)
     opened = [None] * num_layers if links is None else list(links.cpu())

@@ -33,8 +33,9 @@ class NeumannConfig(BaseModel):
 
     kind: Literal["neumann"]
     num_terms: Count = 5
-    step_size: Positive = 0.5
-    """As a share of the damping, which is 1 in the metric of the solve."""
+    step_size: Positive | None = None
+    """Below 2 / largest curvature in the metric of the solve, where the damping is 1; by default
+    estimated, with at most 20 products."""
 
 
 SolverConfig = Annotated[NoSolverConfig | CGConfig | NeumannConfig, Field(discriminator="kind")]

@@ -29,6 +29,7 @@ from drgr.routing import GateGroup, LinkGates
 from drgr.training.domain_passes import DomainPasses, Routes
 from drgr.training.mixture import entropic_step, lookahead_mixture
 
+_UNUSABLE = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus.NON_FINITE)
 # Least entry of Adam's metric as a share of the mean: a damping that is nowhere 0.
 _FLOOR = 0.01
 
@@ -297,7 +298,8 @@ class OuterLoop:
         """Returns ``z``, solved for in the metric in which the damping is 1.
 
         Where the solver meets negative curvature the local problem has no minimum, and what it
-        stopped at may be far off; the response without ``H`` stands in, and the status says so.
+        stopped at may be far off, as it is where a series diverges; the response without ``H``
+        stands in, and the status says so.
         """
         rhs = root * slope
         if self.settings.solver is None:
@@ -307,7 +309,7 @@ class OuterLoop:
             return root * product(root * vector) + vector if bool(vector.any()) else vector
 
         found = self.settings.solver.solve(LinearSystem(apply=apply, rhs=rhs), self._warm)
-        is_usable = found.status is not SolveStatus.NEGATIVE_CURVATURE
+        is_usable = found.status not in _UNUSABLE
         self._warm = found.point if is_usable else None
         point = found.point if is_usable else rhs
         report.status = found.status.name.lower().replace("_", "-")
