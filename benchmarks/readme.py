@@ -1,9 +1,18 @@
-"""Writes the results section of README.md from the committed results; --check only compares."""
+"""Writes docs/measurements.md and a part of README.md from committed results; --check compares."""
 
 import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.readme_bilevel import (
+    cleaning_lines,
+    frontier_lines,
+    outer_overhead_lines,
+    rival_lines,
+    single_loop_lines,
+    traffic_lines,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "benchmarks/quickstart/result.json"
@@ -11,37 +20,84 @@ OVERHEAD = "benchmarks/overhead/result.json"
 WORST_CASE = "benchmarks/worst_case/result.json"
 HYPERGRADIENT = "benchmarks/hypergradient/result.json"
 BUDGETS = "benchmarks/budgets/result.json"
+FRONTIER = "benchmarks/frontier/result.json"
+OUTER_OVERHEAD = "benchmarks/outer_overhead/result.json"
+TRAFFIC = "benchmarks/traffic/result.json"
+RIVALS = "benchmarks/hypergradient/rivals.json"
+SINGLE_LOOP = "benchmarks/single_loop/result.json"
+CLEANING = "benchmarks/data_cleaning/result.json"
+MORE = (
+    "All results, the unfavourable ones too: [docs/measurements.md](docs/measurements.md), written "
+    "from the result files by `python -m benchmarks.readme`."
+)
+GENERATED = (
+    "Written by `python -m benchmarks.readme` from the result files, each of which names its "
+    "command, commit, versions and hardware. Small models and few seeds show that the parts work; "
+    "they do not rank methods that are close."
+)
 START = "<!-- results: written by benchmarks/readme.py -->\n"
 END = "<!-- end of results -->\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if README.md differs")
+    parser.add_argument("--check", action="store_true", help="fail if a document differs")
     arguments = parser.parse_args()
-    path = ROOT / "README.md"
-    before, _, rest = path.read_text().partition(START)
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition(START)
     _, _, after = rest.partition(END)
-    written = before + START + section() + END + after
-    if arguments.check and written != path.read_text():
-        raise SystemExit("README.md differs from the results; run python benchmarks/readme.py")
-    path.write_text(written)
+    documents = {
+        readme: before + START + summary() + END + after,
+        ROOT / "docs" / "measurements.md": measurements(),
+    }
+    for path, written in documents.items():
+        if arguments.check and (not path.exists() or written != path.read_text()):
+            raise SystemExit(
+                f"{path.name} differs from the results; run python -m benchmarks.readme"
+            )
+        path.write_text(written)
 
 
-def section() -> str:
-    """Returns the section in Markdown."""
-    quickstart = json.loads((ROOT / QUICKSTART).read_text())
-    overhead = json.loads((ROOT / OVERHEAD).read_text())
-    worst_case = json.loads((ROOT / WORST_CASE).read_text())
-    budgets = json.loads((ROOT / BUDGETS).read_text())
+def read(source: str) -> dict[str, Any]:
+    """Returns a committed result."""
+    result: dict[str, Any] = json.loads((ROOT / source).read_text())
+    return result
+
+
+def summary() -> str:
+    """Returns the section of the README in Markdown."""
     parts = [
-        quickstart_lines(quickstart),
-        overhead_lines(overhead),
-        worst_case_lines(worst_case),
-        budget_lines(budgets),
-        hypergradient_lines(json.loads((ROOT / HYPERGRADIENT).read_text())),
+        ["## What it measured so far"],
+        quickstart_lines(read(QUICKSTART)),
+        frontier_lines(read(FRONTIER), FRONTIER),
+        [MORE],
     ]
     return "\n".join(line for part in parts for line in [*part, ""])
+
+
+def measurements() -> str:
+    """Returns the document with every result."""
+    parts = [
+        ["# Measurements"],
+        [GENERATED],
+        ["## Training"],
+        quickstart_lines(read(QUICKSTART)),
+        frontier_lines(read(FRONTIER), FRONTIER),
+        overhead_lines(read(OVERHEAD)),
+        outer_overhead_lines(read(OUTER_OVERHEAD), OUTER_OVERHEAD),
+        traffic_lines(read(TRAFFIC), TRAFFIC),
+        ["## Worst cases and budgets"],
+        worst_case_lines(read(WORST_CASE)),
+        budget_lines(read(BUDGETS)),
+        ["## Hypergradients and bilevel methods"],
+        hypergradient_lines(read(HYPERGRADIENT)),
+        rival_lines(read(RIVALS), RIVALS),
+        single_loop_lines(read(SINGLE_LOOP), SINGLE_LOOP),
+        cleaning_lines(read(CLEANING), CLEANING),
+    ]
+    lines = [line for part in parts for line in [*part, ""]]
+    # Links are relative to where a document stands.
+    return "\n".join(lines[:-1]).replace("](benchmarks/", "](../benchmarks/") + "\n"
 
 
 def quickstart_lines(result: dict[str, Any]) -> list[str]:
@@ -56,8 +112,6 @@ def quickstart_lines(result: dict[str, Any]) -> list[str]:
     ]
     config = result["setting"]
     lines = [
-        "## What it measured so far",
-        "",
         f"Test split of `{config['corpus']}`, tiny OLMoE, {config['tokens_per_step']:,} tokens a "
         f"step, {result['steps_of_first']} steps for the first row, no more FLOPs for any other, "
         f"{seeds} seeds, mean and standard deviation "

@@ -50,7 +50,7 @@ OTHER_VALUES: dict[str, Any] = {
     "outer.variables": ["mixture"],
     "outer.every": 10,
     "outer.begin": 30,
-    "outer.windows": 1,
+    "outer.windows": 3,
     "outer.update": "gradient",
     "outer.metric": "identity",
     "outer.solver.kind": "cg",

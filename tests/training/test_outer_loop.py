@@ -10,7 +10,13 @@ from drgr.data import Corpus
 from drgr.errors import ConfigError
 from drgr.training import build_run
 
-OUTER = {"variables": ["mixture"], "begin": 50, "windows": 2, "anchor_strength": 0.1}
+OUTER = {
+    "variables": ["mixture"],
+    "begin": 50,
+    "windows": 2,
+    "anchor": "uniform",
+    "anchor_strength": 0.1,
+}
 
 
 def trained(runs: ModuleType, corpus: Corpus, path, **outer):
@@ -126,6 +132,20 @@ def test_lookahead_predicts_with_the_transfer_matrix(runs, corpus, tmp_path):
     ).value
     assert after <= stayed
     assert report.gap <= 1e-4
+
+
+@pytest.mark.parametrize("update", ["lookahead", "gradient"])
+def test_without_gains_the_adversary_decides(runs, corpus, tmp_path, update):
+    """Until a fall was compared, and for good where gains are 0, its weights are the mixture."""
+    run = trained(runs, corpus, tmp_path, update=update, anchor="adversary", anchor_strength=1e9)
+    weights = run.adversary.weights.adversary
+    first = step(run, 7)
+    assert first.scale is None
+    assert torch.equal(first.mixture, weights)
+    lower(run)
+    second = step(run, 8)
+    assert second.scale is not None
+    torch.testing.assert_close(second.mixture, weights, rtol=1e-4, atol=1e-6)
 
 
 def test_cg_solves_the_damped_gauss_newton_system(runs, corpus, tmp_path):

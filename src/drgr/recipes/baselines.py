@@ -81,6 +81,7 @@ def doge() -> RunConfig:
             every=10,
             update="gradient",
             metric="identity",
+            anchor="uniform",
             anchor_strength=0.0,
             smoothing=0.0,
         ),

@@ -65,7 +65,7 @@ class OuterConfig(BaseModel):
     """Steps between outer steps."""
     begin: Count = 20
     """Steps before the first one, at least 1: the metric is the optimizer's."""
-    windows: Count = 2
+    windows: Count = 1
     """Sequences of each domain, held-out and training ones, at an outer step."""
     update: Literal["gradient", "lookahead"] = "lookahead"
     """How the mixture moves: by a mirror step along the hypergradient, or to the mixture whose
@@ -81,9 +81,10 @@ class OuterConfig(BaseModel):
     rate: Positive = 2.0
     """Step size of the mixture in ``gradient``, in 1 / unit of the losses."""
     anchor_strength: NotNegative = 0.2
-    """Price of a mixture's divergence from the base sampling, in the unit of the losses."""
-    anchor: Literal["uniform", "sampling"] = "uniform"
-    """The mixture that ``anchor_strength`` holds to."""
+    """Price of a mixture's divergence from the anchor, in the unit of the losses."""
+    anchor: Literal["adversary", "uniform", "sampling"] = "adversary"
+    """The mixture that ``anchor_strength`` holds to, and the one to draw by until gains are known:
+    the adversary's weights, so that without gains the held-out adversary decides what is drawn."""
     smoothing: Share = 0.5
     """Share of the old estimate that a new one of gains keeps."""
     learning_rate: Positive = 1e-3

@@ -46,7 +46,7 @@ class OuterSettings:
         gauss_newton: Whether the Gauss-Newton matrix stands for the inner Hessian.
         horizon: Steps of the inner response.
         rate: Step size of the mixture along the hypergradient.
-        anchor: Mixture to stay close to, shape ``(G,)``.
+        anchor: Mixture to stay close to, shape ``(G,)``; None for the adversary's weights.
         anchor_strength: Price of leaving it.
         smoothing: Share of the old gains that an estimate keeps.
         unit: Factor from nats per token to the unit of ``F``, shape ``(G,)``.
@@ -59,7 +59,7 @@ class OuterSettings:
     gauss_newton: bool
     horizon: float
     rate: float
-    anchor: Tensor
+    anchor: Tensor | None
     anchor_strength: float
     smoothing: float
     unit: Tensor
@@ -198,6 +198,14 @@ class OuterLoop:
         if self._outer_optimizer is not None:
             self._outer_optimizer.load_state_dict(state["optimizer"])
 
+    def _anchor(self, weights: Tensor) -> Tensor:
+        return weights if self.settings.anchor is None else self.settings.anchor
+
+    def _report(self, weights: Tensor, gain: Tensor) -> OuterReport:
+        """Returns what is the case as long as nothing is known of gains."""
+        follows = self.settings.moves_mixture and self.settings.anchor is None
+        return OuterReport(mixture=weights if follows else self.mixture, gain=gain)
+
     def _response(self, squares: Tensor) -> Tensor:
         """Returns the inverse of ``D / (learning_rate * horizon)``, shape ``(d_y,)``.
 
@@ -230,14 +238,15 @@ class OuterLoop:
         fresh = torch.stack([response @ slope for slope in held_out])
         gains = self._gains.updated(settings.unit.unsqueeze(1) * fresh.double().cpu())
         scale = self._calibration.updated(losses)
-        report = OuterReport(mixture=self.mixture, gain=weights @ gains, scale=scale)
+        report = self._report(weights, weights @ gains)
+        report.scale = scale
         if scale is not None:
             report.gain *= scale
             found = lookahead_mixture(
                 risk,
                 losses,
                 scale * gains,
-                anchor=settings.anchor,
+                anchor=self._anchor(weights),
                 anchor_strength=settings.anchor_strength,
             )
             report.mixture, report.gap = found.mixture, found.gap
@@ -248,7 +257,7 @@ class OuterLoop:
         """Takes a step along the hypergradient."""
         passes, settings = self.passes, self.settings
         slope, direct, _ = passes.gradient(passes.draw("validation", step), weights * settings.unit)
-        report = OuterReport(mixture=self.mixture, gain=torch.zeros_like(self.mixture))
+        report = self._report(weights, torch.zeros_like(weights))
         root = self._response(slope.square()).sqrt()
         batch = passes.draw("train", step)
         routes = passes.routes(batch)
@@ -269,7 +278,7 @@ class OuterLoop:
                 self.mixture,
                 report.gain,
                 rate=settings.rate,
-                anchor=settings.anchor,
+                anchor=self._anchor(weights),
                 anchor_strength=settings.anchor_strength,
             )
         self._calibration.predict((report.mixture @ gain).reshape(1), value.reshape(1))

@@ -93,12 +93,12 @@ def build_outer(
     if not settings.variables:
         return None
     base = adversary.base_sampling
-    anchor = torch.full_like(base, 1 / len(base)) if settings.anchor == "uniform" else base
-    if settings.anchor_strength > 0 and not bool((anchor > 0).all()):
+    if settings.anchor == "sampling" and not bool((base > 0).all()):
         raise ConfigError(
             "outer.anchor sampling needs every domain to have a share above 0 in data.sampling, "
-            f"got {anchor.tolist()}; set outer.anchor to uniform"
+            f"got {base.tolist()}; set outer.anchor to uniform"
         )
+    anchors = {"adversary": None, "uniform": torch.full_like(base, 1 / len(base)), "sampling": base}
     inner, routers = split_parameters(attachment.model, settings)
     gates = attachment.link_gates if "link-gates" in settings.variables else None
     passes = DomainPasses(
@@ -119,7 +119,7 @@ def build_outer(
             gauss_newton=settings.curvature == "gauss-newton",
             horizon=settings.horizon or float(settings.every),
             rate=settings.rate,
-            anchor=anchor,
+            anchor=anchors[settings.anchor],
             anchor_strength=settings.anchor_strength,
             smoothing=settings.smoothing,
             unit=adversary.unit,
