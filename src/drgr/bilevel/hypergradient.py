@@ -117,7 +117,8 @@ def hypergradient(
         start: ``auxiliary`` of an earlier solve; None starts at 0.
         average_over_processes: Whether each process holds the loss on its own batch, and the
             losses meant are the means over processes. Parameters and ``start`` must be equal on
-            all of them. Costs one all-reduce per product.
+            all of them. Costs one all-reduce per product; one for all that :class:`Exact` and
+            :class:`RandomSubspace` take at once.
         group: The processes; None is all.
 
     Returns:
@@ -169,7 +170,11 @@ def hypergradient(
     products = second_derivatives(
         hvp, point.loss(inner_loss), point.outer, point.inner, retain_graph=retain_graph
     )
-    system = LinearSystem(apply=lambda v: _damped(mean(products.hessian(v)), v, damping), rhs=rhs)
+    system = LinearSystem(
+        apply=lambda v: _damped(mean(products.hessian(v)), v, damping),
+        rhs=rhs,
+        apply_many=lambda rows: _damped(mean(products.hessian_many(rows)), rows, damping),
+    )
     solver = solver or CG()
     found = _solved(solver, system, _start(start, inner))
     hessian, cross = (mean(product) for product in products.hessian_and_cross(found.point))
