@@ -13,7 +13,15 @@ from drgr._checks import check_not_negative
 from drgr.bilevel.checked_loss import checked
 from drgr.bilevel.conjugate_gradients import CG
 from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
-from drgr.bilevel.products import HvpMode, Loss, gradients, leaf, second_derivatives
+from drgr.bilevel.products import (
+    HvpMode,
+    Loss,
+    SecondDerivatives,
+    gradients,
+    leaf,
+    products_of_gradient,
+    second_derivatives,
+)
 from drgr.bilevel.status import SolveStatus
 from drgr.bilevel.structures import Layout, Parameters, check_same_structure, layout_of
 from drgr.collectives import sum_over_processes, world_size
@@ -134,7 +142,8 @@ def hypergradient(
         In the widest dtype of each structure, float32 for half types.
 
     Complexity:
-        Two gradients and ``num_hvps`` products, each about two gradients of the inner loss.
+        Two gradients and ``num_hvps`` products, each about two gradients of the inner loss; with
+        double backward that keeps its graph, the inner loss is evaluated once.
 
     References:
         Pedregosa, *Hyperparameter optimization with approximate gradient*, ICML 2016. Grazzi,
@@ -154,22 +163,9 @@ def hypergradient(
     outer, inner = layout_of("outer_params", outer_params), layout_of("inner_params", inner_params)
     point = _Point(outer, inner, outer.vector(outer_params), inner.vector(inner_params))
     mean = _Mean(group if average_over_processes else None, average_over_processes)
-    outer_value, by_outer, by_inner = _first_order("outer", point.loss(outer_loss), point)
-    _, inner_by_outer, slope = _first_order("inner", point.loss(inner_loss), point)
-    if slope is None:
-        raise ValueError(
-            "inner_loss does not depend on inner_params; use the tensors passed to it, not others"
-        )
-    if by_outer is None and inner_by_outer is None:
-        raise ValueError(
-            "neither loss depends on outer_params; use the tensors passed to them, not others"
-        )
-    slope, outer_value = mean(slope), mean(outer_value)
-    rhs = mean(torch.zeros_like(point.inner) if by_inner is None else by_inner)
-    direct = mean(torch.zeros_like(point.outer) if by_outer is None else by_outer)
-    products = second_derivatives(
-        hvp, point.loss(inner_loss), point.outer, point.inner, retain_graph=retain_graph
-    )
+    terms = _terms(point, outer_loss, inner_loss, hvp=hvp, retain_graph=retain_graph)
+    slope, outer_value = mean(terms.slope), mean(terms.outer_value)
+    rhs, direct, products = mean(terms.rhs), mean(terms.direct), terms.products
     system = LinearSystem(
         apply=lambda v: _damped(mean(products.hessian(v)), v, damping),
         rhs=rhs,
@@ -232,19 +228,67 @@ class _Quality:
     status: SolveStatus
 
 
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    """What one process computes of its losses before any product."""
+
+    outer_value: Tensor
+    direct: Tensor
+    """``grad_x F``."""
+    rhs: Tensor
+    """``grad_y F``."""
+    slope: Tensor
+    """``grad_y g``."""
+    products: SecondDerivatives
+
+
+def _terms(
+    point: _Point,
+    outer_loss: ParameterLoss,
+    inner_loss: ParameterLoss,
+    *,
+    hvp: HvpMode,
+    retain_graph: bool,
+) -> _Terms:
+    """Checks and differentiates both losses; one graph serves gradients and products."""
+    outer, inner = leaf(point.outer), leaf(point.inner)
+    value, direct, rhs = _first_order("outer", point.loss(outer_loss), outer, inner)
+    keeps_graph = hvp == "double-backward" and retain_graph
+    loss = point.loss(inner_loss)
+    _, cross, slope = _first_order("inner", loss, outer, inner, create_graph=keeps_graph)
+    if slope is None:
+        raise ValueError(
+            "inner_loss does not depend on inner_params; use the tensors passed to it, not others"
+        )
+    if direct is None and cross is None:
+        raise ValueError(
+            "neither loss depends on outer_params; use the tensors passed to them, not others"
+        )
+    return _Terms(
+        outer_value=value.detach(),
+        direct=torch.zeros_like(point.outer) if direct is None else direct,
+        rhs=torch.zeros_like(point.inner) if rhs is None else rhs,
+        slope=slope.detach(),
+        products=products_of_gradient(slope, outer, inner)
+        if keeps_graph
+        else second_derivatives(hvp, loss, outer, inner, retain_graph=retain_graph),
+    )
+
+
 def _first_order(
-    name: str, loss: Loss, point: _Point
+    name: str, loss: Loss, outer: Tensor, inner: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns a checked loss and its gradients."""
-    outer, inner = leaf(point.outer), leaf(point.inner)
-    value, by_outer, by_inner = gradients(checked(name, loss), outer, inner)
+    value, by_outer, by_inner = gradients(
+        checked(name, loss), outer, inner, create_graph=create_graph
+    )
     for variable, gradient in (("outer_params", by_outer), ("inner_params", by_inner)):
         if gradient is not None and not bool(gradient.isfinite().all()):
             raise NonFiniteLossError(
                 f"the gradient of {name}_loss in {variable} is not finite; look for a root, "
                 "logarithm or division at 0"
             )
-    return value.detach(), by_outer, by_inner
+    return value, by_outer, by_inner
 
 
 def _start(start: Parameters | None, layout: Layout) -> Tensor | None:

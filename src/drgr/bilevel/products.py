@@ -68,7 +68,15 @@ def second_derivatives(
         tensor([ 6., 12.])
     """
     if mode == "double-backward":
-        return _DoubleBackward(loss, outer, inner, retain_graph)
+        outer, inner = leaf(outer), leaf(inner)
+
+        def gradient() -> Tensor:
+            with torch.enable_grad():
+                value = loss(outer, inner)
+                (found,) = torch.autograd.grad(value, inner, create_graph=True)
+            return found
+
+        return _DoubleBackward(outer, inner, gradient, gradient() if retain_graph else None)
     if mode == "forward-over-reverse":
         return _ForwardOverReverse(loss, outer, inner)
     if mode == "central-difference":
@@ -91,6 +99,17 @@ def gradients(
             value, (outer, inner), create_graph=create_graph, allow_unused=True
         )
     return value, by_outer, by_inner
+
+
+def products_of_gradient(gradient: Tensor, outer: Tensor, inner: Tensor) -> SecondDerivatives:
+    """Returns the products by double backward from a gradient in ``inner`` that has its graph.
+
+    Args:
+        gradient: Of :func:`gradients` with ``create_graph``.
+        outer: The very :func:`leaf` that it was taken at.
+        inner: Likewise.
+    """
+    return _DoubleBackward(outer, inner, lambda: gradient, gradient)
 
 
 def leaf(vector: Tensor) -> Tensor:
@@ -118,9 +137,15 @@ def _in_chunks(
 
 @final
 class _DoubleBackward:
-    def __init__(self, loss: Loss, outer: Tensor, inner: Tensor, retain_graph: bool) -> None:
-        self._loss, self._outer, self._inner = loss, leaf(outer), leaf(inner)
-        self._gradient = self._graph() if retain_graph else None
+    def __init__(
+        self,
+        outer: Tensor,
+        inner: Tensor,
+        graph: Callable[[], Tensor],
+        retained: Tensor | None,
+    ) -> None:
+        self._outer, self._inner = outer, inner
+        self._graph, self._retained = graph, retained
 
     def hessian(self, vector: Tensor) -> Tensor:
         (product,) = self._products(vector, (self._inner,))
@@ -130,7 +155,7 @@ class _DoubleBackward:
         return _in_chunks(vectors, self._hessian_at_once, self.hessian)
 
     def _hessian_at_once(self, vectors: Tensor) -> Tensor:
-        gradient = self._gradient if self._gradient is not None else self._graph()
+        gradient = self._retained if self._retained is not None else self._graph()
         if not gradient.requires_grad:
             return torch.zeros_like(vectors)
 
@@ -144,14 +169,8 @@ class _DoubleBackward:
         hessian, cross = self._products(vector, (self._inner, self._outer))
         return hessian, cross
 
-    def _graph(self) -> Tensor:
-        with torch.enable_grad():
-            value = self._loss(self._outer, self._inner)
-            (gradient,) = torch.autograd.grad(value, self._inner, create_graph=True)
-        return gradient
-
     def _products(self, vector: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        gradient = self._gradient if self._gradient is not None else self._graph()
+        gradient = self._retained if self._retained is not None else self._graph()
         if not gradient.requires_grad:  # linear in the inner parameters
             return [torch.zeros_like(point) for point in inputs]
         return self._derivatives(gradient, vector, inputs)
@@ -163,7 +182,7 @@ class _DoubleBackward:
             gradient,
             inputs,
             vector,
-            retain_graph=self._gradient is not None,
+            retain_graph=self._retained is not None,
             allow_unused=True,
         )
         return [
