@@ -13,6 +13,7 @@ from drgr._checks import check_not_negative
 from drgr.bilevel.checked_loss import checked
 from drgr.bilevel.conjugate_gradients import CG
 from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
+from drgr.bilevel.process_mean import ProcessMean
 from drgr.bilevel.products import (
     HvpMode,
     Loss,
@@ -24,7 +25,6 @@ from drgr.bilevel.products import (
 )
 from drgr.bilevel.status import SolveStatus
 from drgr.bilevel.structures import Layout, Parameters, check_same_structure, layout_of
-from drgr.collectives import sum_over_processes, world_size
 from drgr.errors import NonFiniteLossError
 
 # A result counts as converged if its estimated error is within this many tolerances.
@@ -125,8 +125,8 @@ def hypergradient(
         start: ``auxiliary`` of an earlier solve; None starts at 0.
         average_over_processes: Whether each process holds the loss on its own batch, and the
             losses meant are the means over processes. Parameters and ``start`` must be equal on
-            all of them. Costs one all-reduce per product; one for all that :class:`Exact` and
-            :class:`RandomSubspace` take at once.
+            all of them. Costs a few all-reduces and one per product; one for all that
+            :class:`Exact` and :class:`RandomSubspace` take at once.
         group: The processes; None is all.
 
     Returns:
@@ -136,7 +136,9 @@ def hypergradient(
         TypeError: If a loss is no floating-point tensor, or parameters are not nested tensors.
         ValueError: If a loss is not a scalar, if the inner loss does not depend on the inner
             parameters, or nothing on the outer ones, or an argument is out of range.
-        NonFiniteLossError: If a loss or a gradient is not finite.
+        NonFiniteLossError: If a loss or a gradient is not finite. If they are averaged over
+            processes, it is raised on all of them, and names one where that was.
+        RuntimeError: If they are averaged and a loss raised anything else on another process.
 
     Numerics:
         In the widest dtype of each structure, float32 for half types.
@@ -162,8 +164,11 @@ def hypergradient(
     check_not_negative("damping", damping)
     outer, inner = layout_of("outer_params", outer_params), layout_of("inner_params", inner_params)
     point = _Point(outer, inner, outer.vector(outer_params), inner.vector(inner_params))
-    mean = _Mean(group if average_over_processes else None, average_over_processes)
-    terms = _terms(point, outer_loss, inner_loss, hvp=hvp, retain_graph=retain_graph)
+    mean = ProcessMean(group if average_over_processes else None, average_over_processes)
+    terms = mean.agreed(
+        lambda: _terms(point, outer_loss, inner_loss, hvp=hvp, retain_graph=retain_graph),
+        point.inner.device,
+    )
     slope, outer_value = mean(terms.slope), mean(terms.outer_value)
     rhs, direct, products = mean(terms.rhs), mean(terms.direct), terms.products
     system = LinearSystem(
@@ -207,28 +212,6 @@ class _Point:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mean:
-    """The mean over processes, or the tensor of this one."""
-
-    group: ProcessGroup | None
-    is_on: bool
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if not self.is_on:
-            return tensor.detach()
-        return sum_over_processes(tensor, self.group) / world_size(self.group)
-
-
-@dataclass(frozen=True, slots=True)
-class _Quality:
-    residual: float
-    residual_norm: float
-    error: float
-    curvature: float
-    status: SolveStatus
-
-
-@dataclass(frozen=True, slots=True)
 class _Terms:
     """What one process computes of its losses before any product."""
 
@@ -240,6 +223,15 @@ class _Terms:
     slope: Tensor
     """``grad_y g``."""
     products: SecondDerivatives
+
+
+@dataclass(frozen=True, slots=True)
+class _Quality:
+    residual: float
+    residual_norm: float
+    error: float
+    curvature: float
+    status: SolveStatus
 
 
 def _terms(
