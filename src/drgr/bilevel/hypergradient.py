@@ -74,10 +74,12 @@ class Hypergradient:
     def merit(self, weight: float) -> float:
         """Returns ``F - z' grad_y g + weight / 2 (|grad_y g|^2 + |(H + damping) z - grad_y F|^2)``.
 
-        With exact ``y`` and ``z`` this is ``F(x, y*(x))``. With ``mu`` the least curvature of the
-        inner loss and ``L`` the largest of the outer one in ``y``, it is nowhere below that for
-        quadratic losses and ``weight >= 1 / mu + L / mu^2``, and locally so for others: its
-        decrease then proves progress without exact solutions.
+        With exact ``y`` and ``z`` this is ``F(x, y*(x))``. Without damping, with ``mu`` the least
+        curvature of the inner loss, ``rho`` the Lipschitz constant of its Hessian (0 if it is
+        quadratic), ``L`` that of the gradient of the outer loss and ``A = L + rho |z|``, it is
+        nowhere below that for ``weight >= (A + sqrt(A^2 + 4 mu^2)) / (2 mu^2)``, the least that
+        will do (:func:`~drgr.bilevel.bounds.least_merit_weight`): its decrease then proves progress
+        without exact solutions.
         """
         gaps = self.inner_gradient**2 + self.residual_norm**2
         return self.corrected_loss.item() + weight / 2 * gaps
