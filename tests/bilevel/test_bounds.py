@@ -214,7 +214,7 @@ def test_the_constants_are_those_of_the_method():
 
     assert value("SIGMA") == SUFFICIENT_DECREASE
     assert value("HIDDEN") == HIDDEN_SHARE
-    assert "_SHRINK, _GROW = 0.5, 1.5" in text
+    assert re.search(r"^_?SHRINK, _?GROW = 0\.5, 1\.5$", text, flags=re.MULTILINE)
 
 
 @settings(max_examples=25, deadline=None)
@@ -631,7 +631,7 @@ def test_5_5_every_short_step_is_kept(seed, bend, weights, errors, threshold):
     after_y = descended(instance, moved, y, 1 / instance.largest_curvature, num_steps)
     _, by_inner, _, hessian, _ = instance.slopes(moved, after_y)
     residual = normal(4)
-    residual *= math.sqrt(4 * HIDDEN_SHARE * decrease * 2 / weight) / residual.norm()
+    residual *= math.sqrt(HIDDEN_SHARE * decrease * 2 / weight) / residual.norm()
     after_z = torch.linalg.solve(hessian, by_inner + residual)
     assert after_z.norm() <= longest or bend == 0
     after = evaluated(instance, moved, after_y, after_z).merit(weight)
@@ -641,7 +641,7 @@ def test_5_5_every_short_step_is_kept(seed, bend, weights, errors, threshold):
 
 
 def test_5_5_is_nearly_reached():
-    """With exact inner solutions a step of 1.25 times the bound is not kept."""
+    """With exact inner solutions a step of 1.05 times the bound is not kept."""
     instance = scalar_instance(quadratic=((3.0, 0.0), (0.0, 3.0)), linear=0.0)
     weight = 1e6
     step_size = sufficient_step_size(instance.regularity, weight=weight, contraction=0.0)
@@ -660,7 +660,7 @@ def test_5_5_is_nearly_reached():
         return after <= before - SUFFICIENT_DECREASE * step * slope.item() ** 2
 
     assert is_kept(step_size)
-    assert not is_kept(1.25 * step_size)
+    assert not is_kept(1.05 * step_size)
 
 
 @pytest.mark.parametrize("part", ["inner error", "error of the direction"])

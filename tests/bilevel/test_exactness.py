@@ -173,3 +173,29 @@ def test_outer_loss_that_depends_on_neither_path_twice(ridge):
     assert torch.equal(alone.grads, torch.ones_like(problem.outer))
     assert alone.status is SolveStatus.CONVERGED
     assert alone.residual == 0
+
+
+@pytest.mark.parametrize(
+    ("hvp", "retain_graph", "calls"),
+    [
+        ("double-backward", True, 1),  # one graph for the gradient and all products
+        ("double-backward", False, 1 + 3),
+        ("forward-over-reverse", True, 1 + 3),
+        ("central-difference", True, 1 + 2 * 3),
+    ],
+)
+def test_how_often_the_inner_loss_is_evaluated(hvp, retain_graph, calls):
+    seen = []
+
+    def inner_loss(x, y):
+        seen.append(None)
+        return (y - x).square().sum() / 2
+
+    x = torch.tensor([1.0, 2.0, -1.0], dtype=DOUBLE)
+    result = hypergradient(
+        lambda _x, y: y.square().sum() / 2, inner_loss, x, x, hvp=hvp, retain_graph=retain_graph
+    )
+    assert result.num_hvps == 3
+    assert len(seen) == calls
+    tolerance = 1e-8 if hvp == "central-difference" else 1e-14
+    torch.testing.assert_close(result.grads, x, rtol=tolerance, atol=0)

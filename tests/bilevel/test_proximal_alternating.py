@@ -234,6 +234,59 @@ def test_a_trial_that_overflows_is_only_a_failed_trial():
     assert solution.outer_params.item() == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_the_residual_is_bounded_however_much_the_outer_gradient_grows(monkeypatch):
+    """Steps from near a maximum of the outer loss, where its gradient is almost 0."""
+    curvatures = torch.linspace(0.3, 1.0, 12, dtype=DOUBLE)
+    start = torch.linspace(1e-3, 2e-3, 12, dtype=DOUBLE)
+    trials, tried = [], alternation.Alternation.tried
+
+    def recorded(run, outer, state, accuracy):
+        candidate = tried(run, outer, state, accuracy)
+        trials.append((state, outer, candidate, accuracy))
+        return candidate
+
+    monkeypatch.setattr(alternation.Alternation, "tried", recorded)
+    method = ProximalAlternating(
+        inner_optimizer=descent(1.0), inner_steps=20, step_size=300.0, rtol=0.9, merit_weight=30.0
+    )
+    method.minimize(
+        lambda _x, y: y.cos().sum(),
+        lambda x, y: (curvatures * (y - x).square()).sum() / 2,
+        start,
+        start,
+        max_steps=5,
+    )
+    grown = [trial[2].found.outer_gradient / trial[0].found.outer_gradient for trial in trials]
+    assert max(grown) > 10
+    state, outer, _, accuracy = trials[0]
+    decrease = 0.1 * (outer - state.outer).square().sum().item() / method.step_size
+    assert accuracy.residual == pytest.approx(math.sqrt(0.25 * decrease * 2 / 30.0))
+    share = 0.0
+    for _, _, candidate, accuracy in trials:
+        assert candidate.found.residual_norm <= accuracy.residual * (1 + 1e-9)
+        share = max(share, candidate.found.residual_norm / accuracy.residual)
+    assert share > 0.01  # the bound is what ends the solves, not luck
+
+
+def test_more_accuracy_asks_for_no_larger_residual(monkeypatch):
+    asked, evaluated = [], alternation.Alternation.evaluated
+
+    def recorded(run, outer, start, accuracy):
+        state = evaluated(run, outer, start, accuracy)
+        asked.append((outer, start, state, accuracy))
+        return state
+
+    monkeypatch.setattr(alternation.Alternation, "evaluated", recorded)
+    method = ProximalAlternating(inner_optimizer=descent(0.4), inner_steps=1, merit_weight=30.0)
+    method.minimize(*curved(sizes=(8, 3)), tolerance=1e-8)
+    refined = [entry for entry in asked[1:] if torch.equal(entry[0], entry[1].outer)]
+    assert refined
+    for _, before, after, accuracy in refined:
+        assert accuracy.residual == before.found.residual_norm
+        floor = 1e-12 * after.found.outer_gradient
+        assert after.found.residual_norm <= max(before.found.residual_norm, floor) * (1 + 1e-9)
+
+
 def test_limits_and_stalls_say_so(monkeypatch):
     arguments = curved(sizes=(4, 2))
     method = ProximalAlternating(inner_optimizer=descent(0.4), step_size=1e-3)

@@ -11,6 +11,7 @@ from torch import Tensor
 from drgr.bilevel.conjugate_gradients import CG
 from drgr.bilevel.hypergradient import Hypergradient, ParameterLoss, hypergradient
 from drgr.bilevel.inner_level import InnerOptimizer, inner_solution
+from drgr.bilevel.linear_system import LinearSolution, LinearSystem
 from drgr.bilevel.products import HvpMode
 from drgr.bilevel.structures import Layout, Parameters
 from drgr.errors import NonFiniteLossError
@@ -58,6 +59,8 @@ class Accuracy:
 
     inner_steps: int
     rtol: float
+    residual: float = math.inf
+    """Largest ``|(H + damping) z - grad_y F|`` to accept, beside the relative one."""
 
     @property
     def is_last(self) -> bool:
@@ -85,6 +88,23 @@ class State(NamedTuple):
     def is_accurate(self, tolerance: float) -> bool:
         """Whether the inner problem and the linear system are solved."""
         return max(self.found.inner_gradient, self.found.residual_norm) <= tolerance
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _BoundedCG:
+    """Conjugate gradients to a relative residual and to one in itself.
+
+    The proof of descent is about the latter, and ``|grad_y F|`` at a trial point is not known
+    before the solve there.
+    """
+
+    rtol: float
+    residual: float
+
+    def solve(self, system: LinearSystem, start: Tensor | None) -> LinearSolution:
+        relative = self.residual / system.rhs.norm().item()
+        return CG(rtol=max(min(self.rtol, relative), LEAST_RTOL)).solve(system, start)
 
 
 @final
@@ -120,7 +140,7 @@ class Alternation:
             self.inner_loss,
             params,
             trained.params,
-            solver=CG(rtol=accuracy.rtol),
+            solver=_BoundedCG(accuracy.rtol, accuracy.residual),
             damping=method.damping,
             hvp=method.hvp,
             start=warm.found.auxiliary if warm else None,
@@ -145,12 +165,9 @@ class Alternation:
             return moved
         return self.outer.vector(self.method.prox(self.outer.structure(moved), step_size))
 
-    def rtol(self, found: Hypergradient, decrease: float, accuracy: Accuracy) -> float:
-        """Returns the tolerance at which the linear residual hides little of a decrease."""
-        if found.outer_gradient == 0:
-            return accuracy.rtol
-        hidden = math.sqrt(_HIDDEN * decrease * 2 / self.method.merit_weight)
-        return max(min(hidden / found.outer_gradient, accuracy.rtol), LEAST_RTOL)
+    def largest_residual(self, decrease: float) -> float:
+        """Returns the residual of the linear system that hides little of a decrease."""
+        return math.sqrt(_HIDDEN * decrease * 2 / self.method.merit_weight)
 
     def hides(self, candidate: State, enough: float, decrease: float) -> bool:
         """Whether the inner error alone hides a decrease: a shorter step would not help."""

@@ -16,8 +16,6 @@ from drgr._checks import check_not_negative, check_positive
 # share of that which the linear residual may hide.
 SUFFICIENT_DECREASE = 0.1
 HIDDEN_SHARE = 0.25
-# The proof of 5.5 lets the gradient of the outer loss grow by this factor in a step.
-GRADIENT_GROWTH = 2.0
 
 
 @final

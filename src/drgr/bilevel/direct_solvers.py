@@ -63,7 +63,8 @@ class Identity:
 class RandomSubspace:
     """Solves the system within a random subspace: ``z = Q (Q'AQ)^-1 Q'b``.
 
-    Exact where ``rank`` is the dimension. Memory for ``rank`` vectors, ``rank`` products.
+    Exact where ``rank`` is the dimension. Memory for ``rank`` vectors, ``rank`` products, which a
+    system that can takes many at once.
 
     Args:
         rank: Dimension of the subspace, at least 1; the dimension of the system if larger.
@@ -114,7 +115,7 @@ class Exact:
         ValueError: If a number is out of range, or when solving a larger system.
 
     Complexity:
-        ``d`` products, O(d^2) memory, O(d^3) time.
+        ``d`` products, which a system that can takes many at once; O(d^2) memory, O(d^3) time.
 
     Examples:
         >>> import torch
@@ -147,7 +148,7 @@ def _solved_within(
     system: LinearSystem, basis: Tensor, point: Tensor, residual: Tensor, used: int
 ) -> LinearSolution:
     """Solves for the part of the error that lies in the span of orthonormal columns."""
-    images = torch.stack([system.apply(column.contiguous()) for column in basis.unbind(dim=1)], 1)
+    images = system.images(basis.T.contiguous()).T
     used += basis.shape[1]
     reduced = (basis.T @ images).double()
     reduced = (reduced + reduced.T) / 2

@@ -13,10 +13,18 @@ from drgr._checks import check_not_negative
 from drgr.bilevel.checked_loss import checked
 from drgr.bilevel.conjugate_gradients import CG
 from drgr.bilevel.linear_system import LinearSolution, LinearSolver, LinearSystem
-from drgr.bilevel.products import HvpMode, Loss, gradients, leaf, second_derivatives
+from drgr.bilevel.process_mean import ProcessMean
+from drgr.bilevel.products import (
+    HvpMode,
+    Loss,
+    SecondDerivatives,
+    gradients,
+    leaf,
+    products_of_gradient,
+    second_derivatives,
+)
 from drgr.bilevel.status import SolveStatus
 from drgr.bilevel.structures import Layout, Parameters, check_same_structure, layout_of
-from drgr.collectives import sum_over_processes, world_size
 from drgr.errors import NonFiniteLossError
 
 # A result counts as converged if its estimated error is within this many tolerances.
@@ -66,10 +74,12 @@ class Hypergradient:
     def merit(self, weight: float) -> float:
         """Returns ``F - z' grad_y g + weight / 2 (|grad_y g|^2 + |(H + damping) z - grad_y F|^2)``.
 
-        With exact ``y`` and ``z`` this is ``F(x, y*(x))``. With ``mu`` the least curvature of the
-        inner loss and ``L`` the largest of the outer one in ``y``, it is nowhere below that for
-        quadratic losses and ``weight >= 1 / mu + L / mu^2``, and locally so for others: its
-        decrease then proves progress without exact solutions.
+        With exact ``y`` and ``z`` this is ``F(x, y*(x))``. Without damping, with ``mu`` the least
+        curvature of the inner loss, ``rho`` the Lipschitz constant of its Hessian (0 if it is
+        quadratic), ``L`` that of the gradient of the outer loss and ``A = L + rho |z|``, it is
+        nowhere below that for ``weight >= (A + sqrt(A^2 + 4 mu^2)) / (2 mu^2)``, the least that
+        will do (:func:`~drgr.bilevel.bounds.least_merit_weight`): its decrease then proves progress
+        without exact solutions.
         """
         gaps = self.inner_gradient**2 + self.residual_norm**2
         return self.corrected_loss.item() + weight / 2 * gaps
@@ -117,7 +127,8 @@ def hypergradient(
         start: ``auxiliary`` of an earlier solve; None starts at 0.
         average_over_processes: Whether each process holds the loss on its own batch, and the
             losses meant are the means over processes. Parameters and ``start`` must be equal on
-            all of them. Costs one all-reduce per product.
+            all of them. Costs a few all-reduces and one per product; one for all that
+            :class:`Exact` and :class:`RandomSubspace` take at once.
         group: The processes; None is all.
 
     Returns:
@@ -127,13 +138,16 @@ def hypergradient(
         TypeError: If a loss is no floating-point tensor, or parameters are not nested tensors.
         ValueError: If a loss is not a scalar, if the inner loss does not depend on the inner
             parameters, or nothing on the outer ones, or an argument is out of range.
-        NonFiniteLossError: If a loss or a gradient is not finite.
+        NonFiniteLossError: If a loss or a gradient is not finite. If they are averaged over
+            processes, it is raised on all of them, and names one where that was.
+        RuntimeError: If they are averaged and a loss raised anything else on another process.
 
     Numerics:
         In the widest dtype of each structure, float32 for half types.
 
     Complexity:
-        Two gradients and ``num_hvps`` products, each about two gradients of the inner loss.
+        Two gradients and ``num_hvps`` products, each about two gradients of the inner loss; with
+        double backward that keeps its graph, the inner loss is evaluated once.
 
     References:
         Pedregosa, *Hyperparameter optimization with approximate gradient*, ICML 2016. Grazzi,
@@ -152,24 +166,18 @@ def hypergradient(
     check_not_negative("damping", damping)
     outer, inner = layout_of("outer_params", outer_params), layout_of("inner_params", inner_params)
     point = _Point(outer, inner, outer.vector(outer_params), inner.vector(inner_params))
-    mean = _Mean(group if average_over_processes else None, average_over_processes)
-    outer_value, by_outer, by_inner = _first_order("outer", point.loss(outer_loss), point)
-    _, inner_by_outer, slope = _first_order("inner", point.loss(inner_loss), point)
-    if slope is None:
-        raise ValueError(
-            "inner_loss does not depend on inner_params; use the tensors passed to it, not others"
-        )
-    if by_outer is None and inner_by_outer is None:
-        raise ValueError(
-            "neither loss depends on outer_params; use the tensors passed to them, not others"
-        )
-    slope, outer_value = mean(slope), mean(outer_value)
-    rhs = mean(torch.zeros_like(point.inner) if by_inner is None else by_inner)
-    direct = mean(torch.zeros_like(point.outer) if by_outer is None else by_outer)
-    products = second_derivatives(
-        hvp, point.loss(inner_loss), point.outer, point.inner, retain_graph=retain_graph
+    mean = ProcessMean(group if average_over_processes else None, average_over_processes)
+    terms = mean.agreed(
+        lambda: _terms(point, outer_loss, inner_loss, hvp=hvp, retain_graph=retain_graph),
+        point.inner.device,
     )
-    system = LinearSystem(apply=lambda v: _damped(mean(products.hessian(v)), v, damping), rhs=rhs)
+    slope, outer_value = mean(terms.slope), mean(terms.outer_value)
+    rhs, direct, products = mean(terms.rhs), mean(terms.direct), terms.products
+    system = LinearSystem(
+        apply=lambda v: _damped(mean(products.hessian(v)), v, damping),
+        rhs=rhs,
+        apply_many=lambda rows: _damped(mean(products.hessian_many(rows)), rows, damping),
+    )
     solver = solver or CG()
     found = _solved(solver, system, _start(start, inner))
     hessian, cross = (mean(product) for product in products.hessian_and_cross(found.point))
@@ -206,16 +214,17 @@ class _Point:
 
 
 @dataclass(frozen=True, slots=True)
-class _Mean:
-    """The mean over processes, or the tensor of this one."""
+class _Terms:
+    """What one process computes of its losses before any product."""
 
-    group: ProcessGroup | None
-    is_on: bool
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if not self.is_on:
-            return tensor.detach()
-        return sum_over_processes(tensor, self.group) / world_size(self.group)
+    outer_value: Tensor
+    direct: Tensor
+    """``grad_x F``."""
+    rhs: Tensor
+    """``grad_y F``."""
+    slope: Tensor
+    """``grad_y g``."""
+    products: SecondDerivatives
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,19 +236,53 @@ class _Quality:
     status: SolveStatus
 
 
+def _terms(
+    point: _Point,
+    outer_loss: ParameterLoss,
+    inner_loss: ParameterLoss,
+    *,
+    hvp: HvpMode,
+    retain_graph: bool,
+) -> _Terms:
+    """Checks and differentiates both losses; one graph serves gradients and products."""
+    outer, inner = leaf(point.outer), leaf(point.inner)
+    value, direct, rhs = _first_order("outer", point.loss(outer_loss), outer, inner)
+    keeps_graph = hvp == "double-backward" and retain_graph
+    loss = point.loss(inner_loss)
+    _, cross, slope = _first_order("inner", loss, outer, inner, create_graph=keeps_graph)
+    if slope is None:
+        raise ValueError(
+            "inner_loss does not depend on inner_params; use the tensors passed to it, not others"
+        )
+    if direct is None and cross is None:
+        raise ValueError(
+            "neither loss depends on outer_params; use the tensors passed to them, not others"
+        )
+    return _Terms(
+        outer_value=value.detach(),
+        direct=torch.zeros_like(point.outer) if direct is None else direct,
+        rhs=torch.zeros_like(point.inner) if rhs is None else rhs,
+        slope=slope.detach(),
+        products=products_of_gradient(slope, outer, inner)
+        if keeps_graph
+        else second_derivatives(hvp, loss, outer, inner, retain_graph=retain_graph),
+    )
+
+
 def _first_order(
-    name: str, loss: Loss, point: _Point
+    name: str, loss: Loss, outer: Tensor, inner: Tensor, *, create_graph: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Returns a checked loss and its gradients."""
-    outer, inner = leaf(point.outer), leaf(point.inner)
-    value, by_outer, by_inner = gradients(checked(name, loss), outer, inner)
+    value, by_outer, by_inner = gradients(
+        checked(name, loss), outer, inner, create_graph=create_graph
+    )
     for variable, gradient in (("outer_params", by_outer), ("inner_params", by_inner)):
         if gradient is not None and not bool(gradient.isfinite().all()):
             raise NonFiniteLossError(
                 f"the gradient of {name}_loss in {variable} is not finite; look for a root, "
                 "logarithm or division at 0"
             )
-    return value.detach(), by_outer, by_inner
+    return value, by_outer, by_inner
 
 
 def _start(start: Parameters | None, layout: Layout) -> Tensor | None:

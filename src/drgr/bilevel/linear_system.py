@@ -18,6 +18,14 @@ class LinearSystem:
     """``v -> A v``, shape ``(d,)``."""
     rhs: Tensor
     """``b``, shape ``(d,)``."""
+    apply_many: Callable[[Tensor], Tensor] | None = None
+    """``A`` times each row of a matrix, shape ``(n, d)``; None takes the products one by one."""
+
+    def images(self, vectors: Tensor) -> Tensor:
+        """Returns ``A`` times each row of ``vectors``, shape ``(n, d)``."""
+        if self.apply_many is not None:
+            return self.apply_many(vectors)
+        return torch.stack([self.apply(vector) for vector in vectors.unbind()])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

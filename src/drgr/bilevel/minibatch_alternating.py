@@ -26,7 +26,6 @@ from drgr._checks import check_positive
 from drgr.bilevel.alternation import (
     BLIND_STEPS,
     GROW,
-    LEAST_RTOL,
     SHRINK,
     SIGMA,
     Accuracy,
@@ -272,7 +271,7 @@ class _Walk:
     def _judged(self, moved: Tensor, decrease: float) -> StopReason | None:
         """Keeps a step if the merit falls enough."""
         run, state = self.run, self.state
-        accuracy = replace(self.accuracy, rtol=run.rtol(state.found, decrease, self.accuracy))
+        accuracy = replace(self.accuracy, residual=run.largest_residual(decrease))
         candidate = run.tried(moved, state, accuracy)
         if candidate is not None:
             both = run.outer.structure(state.outer), run.outer.structure(moved)
@@ -328,8 +327,8 @@ class _Walk:
         if self.accuracy.is_last:
             return StopReason.STALLED
         tight = self.accuracy.tightened()
-        rtol = max(min(tight.rtol, self.state.found.residual), LEAST_RTOL)
-        candidate = self.run.tried(self.state.outer, self.state, replace(tight, rtol=rtol))
+        sharp = replace(tight, residual=self.state.found.residual_norm)
+        candidate = self.run.tried(self.state.outer, self.state, sharp)
         self.is_at_floor = (
             candidate is None or candidate.merit > self.state.merit + self.state.rounding
         )

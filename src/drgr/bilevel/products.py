@@ -5,6 +5,7 @@ and ``J z`` are the derivative of both gradients of ``g`` along ``z`` in ``y``, 
 differentiating gives the two at the price of one.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import Literal, Protocol, final
 
@@ -16,12 +17,24 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 HvpMode = Literal["double-backward", "forward-over-reverse", "central-difference"]
 
+# Products at once keep as many copies of what one keeps: so many, or fewer if they are long.
+_MOST_AT_ONCE = 64
+_MOST_ENTRIES = 2**24
+
 
 class SecondDerivatives(Protocol):
     """Second derivatives of the inner loss at one point."""
 
     def hessian(self, vector: Tensor) -> Tensor:
         """Returns ``H v``, shape ``(d_y,)``."""
+        ...
+
+    def hessian_many(self, vectors: Tensor) -> Tensor:
+        """Returns ``H`` times each row, shape ``(n, d_y)``.
+
+        Many at once where the operations of the loss allow for it, with memory for up to 64 times
+        what one product needs; one by one where they do not, and with central differences.
+        """
         ...
 
     def hessian_and_cross(self, vector: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,7 +68,15 @@ def second_derivatives(
         tensor([ 6., 12.])
     """
     if mode == "double-backward":
-        return _DoubleBackward(loss, outer, inner, retain_graph)
+        outer, inner = leaf(outer), leaf(inner)
+
+        def gradient() -> Tensor:
+            with torch.enable_grad():
+                value = loss(outer, inner)
+                (found,) = torch.autograd.grad(value, inner, create_graph=True)
+            return found
+
+        return _DoubleBackward(outer, inner, gradient, gradient() if retain_graph else None)
     if mode == "forward-over-reverse":
         return _ForwardOverReverse(loss, outer, inner)
     if mode == "central-difference":
@@ -80,38 +101,89 @@ def gradients(
     return value, by_outer, by_inner
 
 
+def products_of_gradient(gradient: Tensor, outer: Tensor, inner: Tensor) -> SecondDerivatives:
+    """Returns the products by double backward from a gradient in ``inner`` that has its graph.
+
+    Args:
+        gradient: Of :func:`gradients` with ``create_graph``.
+        outer: The very :func:`leaf` that it was taken at.
+        inner: Likewise.
+    """
+    return _DoubleBackward(outer, inner, lambda: gradient, gradient)
+
+
 def leaf(vector: Tensor) -> Tensor:
     """Returns a copy of a vector to differentiate in."""
     return vector.detach().clone().requires_grad_()
 
 
+def _in_chunks(
+    vectors: Tensor, together: Callable[[Tensor], Tensor], alone: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Returns the images of rows, taken together where vmap can and else one by one."""
+    images: list[Tensor] = []
+    chunks = vectors.split(max(1, min(_MOST_AT_ONCE, _MOST_ENTRIES // vectors.shape[1])))
+    try:
+        with warnings.catch_warnings():
+            # An operation that vmap has no rule for is repeated by vmap: right, and no faster.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            for chunk in chunks:
+                images.append(together(chunk))  # noqa: PERF401
+    except RuntimeError:  # what is not about vmap is raised again by the first one alone
+        rest = chunks[len(images) :]
+        images.extend(alone(vector).unsqueeze(0) for chunk in rest for vector in chunk.unbind())
+    return torch.cat(images)
+
+
 @final
 class _DoubleBackward:
-    def __init__(self, loss: Loss, outer: Tensor, inner: Tensor, retain_graph: bool) -> None:
-        self._loss, self._outer, self._inner = loss, leaf(outer), leaf(inner)
-        self._gradient = self._graph() if retain_graph else None
+    def __init__(
+        self,
+        outer: Tensor,
+        inner: Tensor,
+        graph: Callable[[], Tensor],
+        retained: Tensor | None,
+    ) -> None:
+        self._outer, self._inner = outer, inner
+        self._graph, self._retained = graph, retained
 
     def hessian(self, vector: Tensor) -> Tensor:
         (product,) = self._products(vector, (self._inner,))
         return product
 
+    def hessian_many(self, vectors: Tensor) -> Tensor:
+        return _in_chunks(vectors, self._hessian_at_once, self.hessian)
+
+    def _hessian_at_once(self, vectors: Tensor) -> Tensor:
+        gradient = self._retained if self._retained is not None else self._graph()
+        if not gradient.requires_grad:
+            return torch.zeros_like(vectors)
+
+        def product(vector: Tensor) -> Tensor:
+            return self._derivatives(gradient, vector, (self._inner,))[0]
+
+        # Not is_grads_batched of autograd.grad, which loops over a product of matrix and vector.
+        return torch.func.vmap(product)(vectors)
+
     def hessian_and_cross(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         hessian, cross = self._products(vector, (self._inner, self._outer))
         return hessian, cross
 
-    def _graph(self) -> Tensor:
-        with torch.enable_grad():
-            value = self._loss(self._outer, self._inner)
-            (gradient,) = torch.autograd.grad(value, self._inner, create_graph=True)
-        return gradient
-
     def _products(self, vector: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        retained = self._gradient is not None
-        gradient = self._gradient if self._gradient is not None else self._graph()
+        gradient = self._retained if self._retained is not None else self._graph()
         if not gradient.requires_grad:  # linear in the inner parameters
             return [torch.zeros_like(point) for point in inputs]
+        return self._derivatives(gradient, vector, inputs)
+
+    def _derivatives(
+        self, gradient: Tensor, vector: Tensor, inputs: tuple[Tensor, ...]
+    ) -> list[Tensor]:
         found = torch.autograd.grad(
-            gradient, inputs, vector, retain_graph=retained, allow_unused=True
+            gradient,
+            inputs,
+            vector,
+            retain_graph=self._retained is not None,
+            allow_unused=True,
         )
         return [
             torch.zeros_like(point) if product is None else product
@@ -128,6 +200,9 @@ class _ForwardOverReverse:
         gradient = torch.func.grad(lambda inner: self._loss(self._outer, inner))
         product: Tensor = torch.func.jvp(gradient, (self._inner,), (vector,))[1]
         return product.detach()
+
+    def hessian_many(self, vectors: Tensor) -> Tensor:
+        return _in_chunks(vectors, torch.func.vmap(self.hessian), self.hessian)
 
     def hessian_and_cross(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         both = torch.func.grad(self._loss, argnums=(0, 1))
@@ -152,6 +227,9 @@ class _CentralDifference:
 
     def hessian(self, vector: Tensor) -> Tensor:
         return self.hessian_and_cross(vector)[0]
+
+    def hessian_many(self, vectors: Tensor) -> Tensor:
+        return torch.stack([self.hessian(vector) for vector in vectors.unbind()])
 
     def hessian_and_cross(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         length = vector.norm()

@@ -22,7 +22,6 @@ from drgr._checks import check_not_negative, check_positive
 from drgr.bilevel.alternation import (
     BLIND_STEPS,
     GROW,
-    LEAST_RTOL,
     SHRINK,
     SIGMA,
     Accuracy,
@@ -199,8 +198,8 @@ class ProximalAlternating:
                 break
             accuracy = accuracy.tightened()
             # No residual may grow here, or the merit could.
-            rtol = max(min(accuracy.rtol, state.found.residual), LEAST_RTOL)
-            state = run.evaluated(state.outer, state, replace(accuracy, rtol=rtol))
+            sharp = replace(accuracy, residual=state.found.residual_norm)
+            state = run.evaluated(state.outer, state, sharp)
             merits.append(state.merit)
         return BilevelSolution(
             outer_params=layout.structure(state.outer),
@@ -234,7 +233,7 @@ def _searched(run: Alternation, state: State, start: float, accuracy: Accuracy) 
         if stationarity <= run.tolerance:
             break
         decrease = SIGMA * distance**2 / step_size
-        sharp = replace(accuracy, rtol=run.rtol(state.found, decrease, accuracy))
+        sharp = replace(accuracy, residual=run.largest_residual(decrease))
         candidate = run.tried(moved, state, sharp)
         if candidate is not None:
             enough = state.merit + state.rounding - decrease
