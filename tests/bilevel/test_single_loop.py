@@ -136,6 +136,8 @@ ESTIMATORS = [
     SubspaceSOBA(rank=2, period=3, correction="probe"),
     SubspaceSOBA(rank=2, period=3, correction="independent"),
     GalerkinSOBA(rank=2, period=3, warmup=2),
+    SubspaceSOBA(rank=2, period=3, subspaces="signs"),
+    GalerkinSOBA(rank=2, period=3, warmup=2, subspaces="signs"),
 ]
 
 
