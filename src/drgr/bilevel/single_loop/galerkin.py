@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
+from torch import Tensor
+
 from drgr._checks import check_not_negative, check_positive
+from drgr.bilevel.single_loop.basis import Basis
 from drgr.bilevel.single_loop.estimator import Directions, Memory, Start
-from drgr.bilevel.single_loop.oracle import Oracle, Point
+from drgr.bilevel.single_loop.oracle import Gradients, InnerTerms, Oracle, Point
 from drgr.bilevel.single_loop.subspace import Subspaces, check_subspaces, next_basis
 
 
@@ -72,19 +75,39 @@ class GalerkinSOBA:
         scale = len(point.inner) / basis.rank
         if is_new:
             point.auxiliary.zero_()
-            target = oracle.outer_gradients([oracle.draw_outer()], point.outer, point.inner)
-            right = basis.coordinates(target.by_inner)
+            right = _target(oracle, point, basis).by_inner
             for _ in range(self.warmup):
-                along = basis.lifted(point.auxiliary)
-                image = oracle.hessian([oracle.draw_inner()], point, along)
-                yield Directions(auxiliary=basis.coordinates(image) - right)
-        along = basis.lifted(point.auxiliary)
-        terms = oracle.inner_terms([oracle.draw_inner()], point, along)
-        outer = oracle.outer_gradients([oracle.draw_outer()], point.outer, point.inner)
+                yield Directions(auxiliary=_image(oracle, point, basis) - right)
+        terms = _inner_terms(oracle, point, basis)
+        outer = _target(oracle, point, basis)
         yield Directions(
-            inner=scale * basis.coordinates(terms.gradient),
-            auxiliary=basis.coordinates(terms.hessian - outer.by_inner),
+            inner=scale * terms.gradient,
+            auxiliary=terms.hessian - outer.by_inner,
             outer=outer.by_outer - scale * terms.cross,
             basis=basis,
             renew=is_new,
         )
+
+
+# Of what these return nothing has the size of ``y``: what has is gone before the next is taken.
+
+
+def _target(oracle: Oracle, point: Point, basis: Basis) -> Gradients:
+    """Returns ``grad_x F`` and ``P' grad_y F``."""
+    outer = oracle.outer_gradients([oracle.draw_outer()], point.outer, point.inner)
+    return Gradients(outer.by_outer, basis.coordinates(outer.by_inner))
+
+
+def _image(oracle: Oracle, point: Point, basis: Basis) -> Tensor:
+    """Returns ``P' H P c``."""
+    along = basis.lifted(point.auxiliary)
+    return basis.coordinates(oracle.hessian([oracle.draw_inner()], point, along))
+
+
+def _inner_terms(oracle: Oracle, point: Point, basis: Basis) -> InnerTerms:
+    """Returns ``P' grad_y g``, ``P' H P c`` and ``J P c``."""
+    along = basis.lifted(point.auxiliary)
+    terms = oracle.inner_terms([oracle.draw_inner()], point, along)
+    return InnerTerms(
+        basis.coordinates(terms.gradient), basis.coordinates(terms.hessian), terms.cross
+    )

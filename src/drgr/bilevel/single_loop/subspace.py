@@ -101,39 +101,41 @@ class SubspaceSOBA:
         is_new = step % self.period == 0
         basis = next_basis(oracle, point, memory, self, is_new=is_new)
         scale = len(point.inner) / basis.rank
-        inner = [oracle.draw_inner()]
-        product = self._product(oracle, point, basis, inner)
+        product = self._product(oracle, point, basis, [oracle.draw_inner()])
         outer = oracle.outer_gradients([oracle.draw_outer()], point.outer, point.inner)
+        product.hessian.sub_(basis.projected(outer.by_inner), alpha=scale)
         yield Directions(
-            inner=scale * basis.coordinates(product.gradient),
-            auxiliary=product.hessian - scale * basis.projected(outer.by_inner),
+            inner=scale * product.gradient,
+            auxiliary=product.hessian,
             outer=outer.by_outer - product.cross,
             basis=basis,
             renew=is_new,
         )
 
     def _product(self, oracle: Oracle, point: Point, basis: Basis, inner: list[int]) -> "_Product":
-        """Returns the gradient, and estimates of ``H z`` and ``J z``."""
+        """Returns the gradient in coordinates, and estimates of ``H z`` and ``J z``."""
         scale = len(point.inner) / basis.rank
         if self.correction == "one-sided":
-            terms = oracle.inner_terms(inner, point)
-            return _Product(terms.gradient, scale * basis.projected(terms.hessian), terms.cross)
-        if self.correction == "independent":
-            other = drawn_basis(oracle, point, self)
-            along = scale * other.projected(point.auxiliary)
-            terms = oracle.inner_terms(inner, point, along)
-            return _Product(terms.gradient, scale * basis.projected(terms.hessian), terms.cross)
-        along = scale * basis.projected(point.auxiliary)
+            along = point.auxiliary
+        elif self.correction == "independent":
+            along = scale * drawn_basis(oracle, point, self).projected(point.auxiliary)
+        else:
+            along = scale * basis.projected(point.auxiliary)
         terms = oracle.inner_terms(inner, point, along)
+        hessian = basis.projected(terms.hessian).mul_(scale)
+        product = _Product(basis.coordinates(terms.gradient), hessian, terms.cross)
+        if self.correction != "probe":
+            return product
         by_hessian, by_trace = two_sided_moments(len(point.inner), basis.rank)
         signs = _signs(oracle, point.inner)
         trace = torch.dot(signs, oracle.hessian(inner, point, signs))
-        twice = scale * basis.projected(terms.hessian)
-        hessian = (twice - by_trace * trace * point.auxiliary) / by_hessian
-        return _Product(terms.gradient, hessian, terms.cross)
+        hessian.sub_(by_trace * trace * point.auxiliary).div_(by_hessian)
+        return product
 
 
 class _Product(NamedTuple):
+    """Beyond ``hessian``, nothing of the size of ``y``."""
+
     gradient: Tensor
     hessian: Tensor
     cross: Tensor
