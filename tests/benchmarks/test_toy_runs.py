@@ -150,6 +150,54 @@ def test_data_cleaning(run_script):
             assert methods[name]["gradients"] >= cleaned["gradients"]
 
 
+def test_subspace(run_script):
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install '.[dev]'")
+    result = run_script(
+        "benchmarks.subspace.run",
+        *("--seeds", "1", "--train", "100", "--validation", "60", "--hidden", "8", "--steps", "8"),
+        *("--timed-steps", "1", "--ranks", "4", "16", "--headline-rank", "16"),
+        *("--uniform-ranks", "2"),
+    )
+    assert len(result["runs"]) == len(result["quality"]) == 10
+    memory = {row["method"]: row for row in result["memory"]}
+    size = 64 * 8 + 8 + 8 * 10 + 10
+    full = memory["MA-SOBA, Adam"]
+    # z, two moments, a step of Adam for each of four tensors, the average of 100 weights.
+    assert full["bytes_without_inner"] == 4 * (3 * size + 4 + 100)
+    assert full["bytes_with_inner"] == 4 * (4 * size + 4 + 100)
+    # z, coordinates with two moments and a step, a seed of eight bytes.
+    assert memory["subspace 4, Adam"]["bytes_without_inner"] == 4 * (size + 3 * 4 + 1) + 8
+    assert memory["Galerkin 4, Adam"]["bytes_without_inner"] == 4 * (4 * 4 + 1) + 8
+    # A factor of float64 entries more.
+    uniform = memory["subspace 2 uniform, Adam"]
+    assert uniform["bytes_without_inner"] == 4 * (size + 3 * 2 + 1) + 8 * (4 + 1)
+    for row in memory.values():
+        assert all(peak > row["bytes_with_inner"] for peak in row["peak_live_bytes"].values())
+
+
+def test_live_bytes_are_those_of_storages_alive(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    import torch
+
+    from benchmarks.subspace.memory import LiveBytes
+
+    before = torch.zeros(1000)
+    with LiveBytes() as live:
+        view = before[:10]
+        assert live.now == 0
+        made = torch.ones(100)
+        part = made.view(10, 10)
+        del made
+        assert live.now == 400
+        part.add_(1)
+        grown = view + part
+        assert live.now == 800
+        del part
+        assert live.now == 400
+    assert live.peak == 800
+    del grown
+
+
 def test_a_result_from_changed_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import provenance

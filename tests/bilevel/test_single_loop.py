@@ -1,8 +1,10 @@
 """The machine of the single-loop methods, and its plain estimators."""
 
+import gc
 import io
 import itertools
 import math
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -137,7 +139,21 @@ ESTIMATORS = [
     SubspaceSOBA(rank=2, period=3, correction="probe"),
     SubspaceSOBA(rank=2, period=3, correction="independent"),
     GalerkinSOBA(rank=2, period=3, warmup=2),
+    SubspaceSOBA(rank=2, period=3, subspaces="signs"),
+    GalerkinSOBA(rank=2, period=3, warmup=2, subspaces="signs"),
 ]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
+def test_a_run_does_not_keep_the_first_parameters(quadratic_sum, estimator):
+    first = X.clone(), Y.clone()
+    watched = [weakref.ref(tensor) for tensor in first]
+    run = loop(estimator).start(quadratic_sum().problem, *first)
+    del first
+    gc.collect()
+    assert [reference() for reference in watched] == [None, None]
+    run.advance(2)
+    assert run.result().inner_params.shape == Y.shape
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)

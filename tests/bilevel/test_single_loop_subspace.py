@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from drgr.bilevel import GalerkinSOBA, SingleLoop, SubspaceSOBA
 from drgr.bilevel.single_loop import basis as basis_module
-from drgr.bilevel.single_loop.basis import RandomBasis
+from drgr.bilevel.single_loop.basis import RandomBasis, SignBasis
 from drgr.bilevel.single_loop.subspace import two_sided_moments
 
 DOUBLE = torch.float64
 CORRECTIONS = ["one-sided", "probe", "independent"]
+METHODS = [
+    *({"correction": correction} for correction in CORRECTIONS),
+    {"correction": "one-sided", "subspaces": "signs"},
+    {"correction": "independent", "subspaces": "signs"},
+]
 
 
 def normal(*shape, seed=0):
@@ -55,6 +60,45 @@ def test_a_basis_is_orthonormal_whatever_its_chunks(seed, dimension, data):
     assert not torch.equal(RandomBasis(seed + 1, vector, rank).factor, basis.factor)
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**62 - 1), dimension=st.integers(1, 30), data=st.data())
+def test_signs_are_orthonormal_columns_of_disjoint_supports(seed, dimension, data):
+    rank = data.draw(st.integers(1, dimension))
+    vector = normal(dimension)
+    basis = SignBasis(seed, vector, rank)
+    columns = dense(basis, dimension)
+    torch.testing.assert_close(columns.T @ columns, torch.eye(rank, dtype=DOUBLE))
+    assert ((columns != 0).sum(dim=1) == 1).all()
+    torch.testing.assert_close(basis.coordinates(vector), columns.T @ vector)
+    torch.testing.assert_close(basis.projected(vector), columns @ (columns.T @ vector))
+    again = SignBasis(seed, vector, rank)
+    assert torch.equal(again.projected(vector), basis.projected(vector))
+
+
+@pytest.mark.parametrize(("dimension", "rank"), [(7, 3), (6, 3), (5, 4), (4, 1)])
+def test_the_mean_projection_on_signs_is_a_multiple_of_the_identity(dimension, rank):
+    """Also where columns have different lengths."""
+    zeros = torch.zeros(dimension, dtype=DOUBLE)
+    samples = torch.stack(
+        [
+            columns @ columns.T
+            for columns in (dense(SignBasis(seed, zeros, rank), dimension) for seed in range(3000))
+        ]
+    )
+    expected = rank / dimension * torch.eye(dimension, dtype=DOUBLE)
+    error = (samples.mean(dim=0) - expected).abs()
+    assert (error <= 4.5 * samples.std(dim=0) / 3000**0.5 + 1e-12).all()
+
+
+@pytest.mark.parametrize(("dimension", "rank"), [(40_000, 50), (300, 20), (200, 150)])
+def test_little_of_a_basis_exists_at_a_time(dimension, rank):
+    """At most as many entries as a vector has, a row or 16384, whichever is most."""
+    basis = RandomBasis(0, normal(dimension), rank, factor=torch.eye(1, dtype=DOUBLE))
+    sizes = [chunk.numel() for _, chunk in basis._chunks()]
+    assert sum(sizes) == dimension * rank
+    assert max(sizes) <= max(dimension, rank, 2**14)
+
+
 def test_a_basis_keeps_the_dtype_of_its_vectors():
     vector = normal(50).float()
     basis = RandomBasis(3, vector, 4)
@@ -92,12 +136,12 @@ def test_the_moments_of_the_whole_space():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("correction", CORRECTIONS)
-def test_directions_are_unbiased_over_subspaces(quadratic_sum, correction):
+@pytest.mark.parametrize("setting", METHODS)
+def test_directions_are_unbiased_over_subspaces(quadratic_sum, setting):
     """Against the dense directions, within 4.5 standard errors of the samples' own spread."""
     sums = quadratic_sum(inner_size=6, outer_size=2, num_inner=1, num_outer=1)
     x, y, z = normal(2), normal(6, seed=1), normal(6, seed=2)
-    estimator = SubspaceSOBA(rank=2, correction=correction)
+    estimator = SubspaceSOBA(rank=4 if "subspaces" in setting else 2, **setting)
     run = loop(estimator).start(sums.problem, x, y)
     state = run.state_dict()
     state["auxiliary"] = z
@@ -115,12 +159,12 @@ def test_directions_are_unbiased_over_subspaces(quadratic_sum, correction):
         assert (error <= allowed).all()
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
-def test_the_whole_space_is_soba(quadratic_sum, drawn, monkeypatch, correction):
+@pytest.mark.parametrize("setting", METHODS)
+def test_the_whole_space_is_soba(quadratic_sum, drawn, monkeypatch, setting):
     sums = quadratic_sum()
     drawn(monkeypatch, 2, 1)
     x, y, z = normal(3), normal(4, seed=1), normal(4, seed=2)
-    run = loop(SubspaceSOBA(rank=10, correction=correction)).start(sums.problem, x, y)
+    run = loop(SubspaceSOBA(rank=10, **setting)).start(sums.problem, x, y)
     state = run.state_dict()
     state["auxiliary"] = z
     run.load_state_dict(state)
@@ -130,15 +174,15 @@ def test_the_whole_space_is_soba(quadratic_sum, drawn, monkeypatch, correction):
     found = (y - result.inner_params, z - result.auxiliary, x - result.outer_params)
     for have, want in zip(found, expected, strict=True):
         torch.testing.assert_close(have, want)
-    probes = int(correction == "probe")
+    probes = int(setting["correction"] == "probe")
     assert result.calls.total == 4 + probes
 
 
-@pytest.mark.parametrize("correction", CORRECTIONS)
-def test_moves_stay_in_the_subspace_of_the_period(quadratic_sum, correction):
+@pytest.mark.parametrize("setting", METHODS)
+def test_moves_stay_in_the_subspace_of_the_period(quadratic_sum, setting):
     sums = quadratic_sum(inner_size=8)
     x, y = normal(3), normal(8, seed=1)
-    run = loop(SubspaceSOBA(rank=2, period=4, correction=correction), 0.01, 0.01, 0.01).start(
+    run = loop(SubspaceSOBA(rank=2, period=4, **setting), 0.01, 0.01, 0.01).start(
         sums.problem, x, y
     )
     found = []
@@ -179,13 +223,16 @@ def test_subspace_steps_reach_the_stationary_point(quadratic_sum):
     assert sums.value_gradient(result.outer_params).norm() < 0.05 * sums.value_gradient(x).norm()
 
 
-def test_galerkin_is_exact_where_the_hessian_is_a_multiple_of_the_identity(quadratic_sum):
+@pytest.mark.parametrize("subspaces", ["uniform", "signs"])
+def test_galerkin_is_exact_where_the_hessian_is_a_multiple_of_the_identity(
+    quadratic_sum, subspaces
+):
     """In the mean over subspaces; one of them is not."""
     sums = quadratic_sum(inner_size=6, outer_size=2, num_inner=1, num_outer=1)
     sums.inner[0][:] = 1.5 * torch.eye(6, dtype=DOUBLE)
     x = normal(2)
     y = -(x @ sums.inner[2][0] + sums.inner[3][0]) / 1.5
-    estimator = GalerkinSOBA(rank=2, period=1, warmup=1)
+    estimator = GalerkinSOBA(rank=2, period=1, warmup=1, subspaces=subspaces)
     run = loop(estimator, 0.0, 1 / 1.5).start(sums.problem, x, y)
     state = run.state_dict()
     found = []
@@ -221,13 +268,15 @@ def test_galerkin_tends_to_the_solution_within_the_subspace(quadratic_sum):
 
 
 def test_little_is_kept_in_a_subspace(quadratic_sum):
-    """Entries beside x and y with Adam: 3 d in full, d + few, and few."""
+    """Entries beside x and y with Adam: 3 d in full, d + few, and few; no factor with signs."""
     sums = quadratic_sum(inner_size=200, num_inner=1, num_outer=1)
     x, y = normal(3), normal(200, seed=1)
     kept = {}
     for name, estimator in {
         "subspace": SubspaceSOBA(rank=4),
         "galerkin": GalerkinSOBA(rank=4, period=10),
+        "signs": SubspaceSOBA(rank=4, subspaces="signs"),
+        "galerkin, signs": GalerkinSOBA(rank=4, period=10, subspaces="signs"),
     }.items():
         method = SingleLoop(
             estimator=estimator,
@@ -240,8 +289,13 @@ def test_little_is_kept_in_a_subspace(quadratic_sum):
         kept[name] = run.result().state_numel
         tensors = [*run.state_dict()["memory"].values()]
         assert all(tensor.numel() <= 16 for tensor in tensors)
-    few = 4 + 2 * 4 + 1 + 4 * 4 + 1  # coordinates, moments, step; factor, seed
-    assert kept == {"subspace": 200 + few, "galerkin": 4 + few}
+    few = 4 + 2 * 4 + 1 + 1  # coordinates, moments, step; seed
+    assert kept == {
+        "subspace": 200 + few + 4 * 4,
+        "galerkin": 4 + few + 4 * 4,
+        "signs": 200 + few,
+        "galerkin, signs": 4 + few,
+    }
 
 
 def test_adam_in_a_subspace_forgets_with_it(quadratic_sum):
@@ -266,6 +320,8 @@ def test_adam_in_a_subspace_forgets_with_it(quadratic_sum):
         (lambda: SubspaceSOBA(rank=0), "rank"),
         (lambda: SubspaceSOBA(rank=1, period=0), "period"),
         (lambda: SubspaceSOBA(rank=1, correction="both"), "correction"),
+        (lambda: SubspaceSOBA(rank=1, subspaces="both"), "subspaces"),
+        (lambda: GalerkinSOBA(rank=1, period=1, subspaces="both"), "subspaces"),
         (lambda: GalerkinSOBA(rank=0, period=1), "rank"),
         (lambda: GalerkinSOBA(rank=1, period=0), "period"),
         (lambda: GalerkinSOBA(rank=1, period=1, warmup=-1), "warmup"),
@@ -274,3 +330,8 @@ def test_adam_in_a_subspace_forgets_with_it(quadratic_sum):
 def test_settings_out_of_range(make, name):
     with pytest.raises(ValueError, match=f"{name} must be"):
         make()
+
+
+def test_a_probe_cannot_correct_subspaces_of_signs():
+    with pytest.raises(ValueError, match="'probe' holds for subspaces 'uniform', got 'signs'"):
+        SubspaceSOBA(rank=1, correction="probe", subspaces="signs")

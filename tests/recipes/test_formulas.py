@@ -144,7 +144,9 @@ def test_drmoet_weighs_experts_by_their_mean_losses(runs, corpus, tmp_path):
 
 
 def test_drgr_looks_ahead_inside_its_budget(runs, corpus, tmp_path):
-    config = small(runs, "drgr", outer__begin=2, outer__every=2)
+    config = small(
+        runs, "drgr", outer__begin=2, outer__every=2, robustness__begin=1, robustness__every=2
+    )
     run, steps = trained(runs, corpus, tmp_path, config)
     assert run.outer.settings.lookahead
     assert run.outer.settings.adam_metric

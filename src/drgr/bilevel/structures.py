@@ -18,6 +18,11 @@ class Layout:
     like: Parameters
     dtype: torch.dtype
 
+    def without_values(self) -> "Layout":
+        """Returns the same layout, which does not keep the tensors that it was made from."""
+        shapes = (torch.empty_like(leaf, device="meta") for _, leaf in named_leaves(self.like))
+        return Layout(rebuilt(self.like, shapes), self.dtype)
+
     def vector(self, params: Parameters) -> Tensor:
         """Returns all entries of a structure of this layout, detached, shape ``(d,)``."""
         leaves = [leaf.detach().reshape(-1).to(self.dtype) for _, leaf in named_leaves(params)]

@@ -1,13 +1,33 @@
 """Orthonormal bases of random subspaces that are never stored."""
 
+import math
 from collections.abc import Iterator
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-# Entries of the basis that exist at one time.
+# Entries of the basis that exist at one time: as many as a vector has, between these two.
 _CHUNK = 1 << 20
+_SMALL_CHUNK = 1 << 14
+
+
+class Basis(Protocol):
+    """``P``, ``(d, rank)`` with orthonormal columns and ``E[P P'] = rank / d I`` over seeds."""
+
+    rank: int
+
+    def coordinates(self, vector: Tensor) -> Tensor:
+        """Returns ``P'v``, shape ``(rank,)``."""
+        ...
+
+    def lifted(self, coordinates: Tensor) -> Tensor:
+        """Returns ``P c``, shape ``(d,)``."""
+        ...
+
+    def projected(self, vector: Tensor) -> Tensor:
+        """Returns ``P P'v``, shape ``(d,)``."""
+        ...
 
 
 @final
@@ -24,7 +44,8 @@ class RandomBasis:
         factor: ``L`` if known, shape ``(rank, rank)``, float64.
 
     Complexity:
-        O(d rank) time for each product, O(rank^2) memory.
+        O(d rank) time for each product; memory ``rank^2`` entries of float64, and while it
+        multiplies about ``d`` more.
     """
 
     def __init__(self, seed: int, like: Tensor, rank: int, *, factor: Tensor | None = None) -> None:
@@ -64,7 +85,7 @@ class RandomBasis:
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
         device, dimension = self._like.device, len(self._like)
         generator = torch.Generator(device).manual_seed(self._seed)
-        size = max(_CHUNK // self.rank, 1)
+        size = max(min(_CHUNK, max(dimension, _SMALL_CHUNK)) // self.rank, 1)
         for begin in range(0, dimension, size):
             end = min(begin + size, dimension)
             shape = (end - begin, self.rank)
@@ -72,3 +93,65 @@ class RandomBasis:
                 slice(begin, end),
                 torch.randn(shape, generator=generator, dtype=torch.float64, device=device),
             )
+
+
+@final
+class SignBasis:
+    """``P``, ``(d, rank)``, of random signs: scaled, in columns of disjoint supports.
+
+    Column ``j`` holds entries ``j``, ``j + rank``, ... counted from a random offset around the
+    vector: disjoint supports make the columns orthonormal without a factor, and the offset makes
+    ``E[P P'] = rank / d I`` exact where ``rank`` does not divide ``d``. The subspaces are not
+    uniform over all of their dimension: :func:`two_sided_moments` does not hold for them.
+
+    Args:
+        seed: Draws the signs and the offset.
+        like: A vector with the dimension, dtype and device of those to multiply, shape ``(d,)``.
+        rank: Number of columns, at most ``d``.
+
+    Complexity:
+        O(d) time for each product, no memory but the seed, and a few vectors while it multiplies.
+
+    References:
+        A count sketch (Charikar, Chen, Farach-Colton, 2002) with buckets in turn.
+    """
+
+    def __init__(self, seed: int, like: Tensor, rank: int) -> None:
+        self.rank = rank
+        self._seed, self._like = seed, like
+
+    def coordinates(self, vector: Tensor) -> Tensor:
+        """Returns ``P'v``, shape ``(rank,)``."""
+        signs, offset = self._drawn()
+        signed = (signs * vector).roll(offset)
+        whole = len(signed) - len(signed) % self.rank
+        total = signed[:whole].view(-1, self.rank).sum(dim=0, dtype=torch.float64)
+        total[: len(signed) - whole] += signed[whole:]
+        return (total / self._lengths()).to(vector.dtype)
+
+    def lifted(self, coordinates: Tensor) -> Tensor:
+        """Returns ``P c``, shape ``(d,)``."""
+        signs, offset = self._drawn()
+        dimension = len(self._like)
+        scaled = (coordinates / self._lengths()).to(self._like.dtype)
+        repeated = scaled.repeat(math.ceil(dimension / self.rank))[:dimension]
+        return repeated.roll(-offset).mul_(signs)
+
+    def projected(self, vector: Tensor) -> Tensor:
+        """Returns ``P P'v``, shape ``(d,)``."""
+        return self.lifted(self.coordinates(vector))
+
+    def _lengths(self) -> Tensor:
+        """Returns the norms of the columns of signs, shape ``(rank,)``."""
+        shortest, longer = divmod(len(self._like), self.rank)
+        counts = self._like.new_full((self.rank,), shortest, dtype=torch.float64)
+        counts[:longer] += 1
+        return counts.sqrt_()
+
+    def _drawn(self) -> tuple[Tensor, int]:
+        device, dimension = self._like.device, len(self._like)
+        generator = torch.Generator(device).manual_seed(self._seed)
+        offset = int(torch.randint(dimension, (), generator=generator, device=device))
+        # One byte each: these are all that a product draws.
+        bits = torch.randint(2, (dimension,), generator=generator, dtype=torch.int8, device=device)
+        return bits.mul_(2).sub_(1), offset

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from drgr.bilevel.single_loop.basis import RandomBasis
+from drgr.bilevel.single_loop.basis import Basis
 from drgr.bilevel.single_loop.oracle import Gradients, InnerTerms, Oracle, Point
 
 Memory = dict[str, Tensor]
@@ -23,7 +23,7 @@ class Directions(NamedTuple):
     """Shape ``(d_x,)``."""
     touched: list[bool] | None = None
     """Which tensors of the inner parameters the optimizer moves; None is all."""
-    basis: RandomBasis | None = None
+    basis: Basis | None = None
     """If given, ``inner`` is in its coordinates, shape ``(rank,)``."""
     renew: bool = False
     """Whether the inner optimizer is to forget what it knows before the move."""

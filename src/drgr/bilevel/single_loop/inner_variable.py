@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from drgr.bilevel.inner_level import InnerOptimizer
-from drgr.bilevel.single_loop.basis import RandomBasis
+from drgr.bilevel.single_loop.basis import Basis
 from drgr.bilevel.structures import Layout, named_leaves
 
 
@@ -68,7 +68,7 @@ class InnerVariable:
         *,
         factor: float,
         touched: list[bool] | None = None,
-        basis: RandomBasis | None = None,
+        basis: Basis | None = None,
     ) -> None:
         """Takes one step of the optimizer.
 

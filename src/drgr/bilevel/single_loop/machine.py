@@ -151,7 +151,9 @@ class SingleLoop:
         outer, inner = layouts[0].vector(outer_params), layouts[1].vector(inner_params)
         if generator is None:
             generator = torch.Generator().manual_seed(_SEED)
-        oracle = Oracle(problem, layouts, hvp=self.hvp, damping=self.damping, generator=generator)
+        # First parameters that only the run would hold are memory for nothing.
+        shapes = layouts[0].without_values(), layouts[1].without_values()
+        oracle = Oracle(problem, shapes, hvp=self.hvp, damping=self.damping, generator=generator)
         return SingleLoopRun(self, oracle, Point(outer, inner, torch.zeros_like(inner)))
 
 
