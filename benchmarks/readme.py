@@ -11,6 +11,7 @@ from benchmarks.readme_bilevel import (
     outer_overhead_lines,
     rival_lines,
     single_loop_lines,
+    subspace_lines,
     traffic_lines,
 )
 
@@ -25,6 +26,7 @@ OUTER_OVERHEAD = "benchmarks/outer_overhead/result.json"
 TRAFFIC = "benchmarks/traffic/result.json"
 RIVALS = "benchmarks/hypergradient/rivals.json"
 SINGLE_LOOP = "benchmarks/single_loop/result.json"
+SUBSPACE = "benchmarks/subspace/result.json"
 CLEANING = "benchmarks/data_cleaning/result.json"
 MORE = (
     "All results, the unfavourable ones too: [docs/measurements.md](docs/measurements.md), written "
@@ -94,6 +96,7 @@ def measurements() -> str:
         rival_lines(read(RIVALS), RIVALS),
         single_loop_lines(read(SINGLE_LOOP), SINGLE_LOOP),
         cleaning_lines(read(CLEANING), CLEANING),
+        subspace_lines(read(SUBSPACE), SUBSPACE),
     ]
     lines = [line for part in parts for line in [*part, ""]]
     # Links are relative to where a document stands.

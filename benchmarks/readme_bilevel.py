@@ -109,3 +109,31 @@ def traffic_lines(result: dict[str, Any], source: str) -> list[str]:
         f"link carries {congestion} times the mean, at {means} bits per byte in the mean, without "
         f"a controller ([result.json]({source}), `python -m benchmarks.traffic.run`)."
     ]
+
+
+def subspace_lines(result: dict[str, Any], source: str) -> list[str]:
+    """Describes what subspace methods keep in memory, and at what quality."""
+    memory = {row["method"]: row for row in result["memory"]}
+    missed = [claim for claim, holds in result["claims"].items() if not holds]
+    lines = [
+        f"Memory of single-loop methods on data cleaning with a hidden layer, "
+        f"{result['setting']['seeds']} seeds; bytes kept between steps beside the outer variables, "
+        f"inner parameters included ([result.json]({source}), "
+        "`python -m benchmarks.subspace.run`):",
+        "",
+        "| method | test error | above full space | kept | less than full space | less at the peak "
+        "of a step |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for row in result["quality"]:
+        kept = memory.get(row["method"])
+        if kept is None:
+            continue
+        error, above, saved = row["test_error"], row["above_full"], kept["reduction"]
+        lines.append(
+            f"| {row['method']} | {error['mean']:.1%} ± {error['deviation']:.1%} | "
+            f"{above['mean']:+.1%} ± {above['standard_error']:.1%} | "
+            f"{kept['bytes_with_inner'] / 1e3:.0f} kB | {saved['with_inner']:.0%} | "
+            f"{saved['peak, batches of 20 and 10']:.0%} |"
+        )
+    return [*lines, "", f"Expectations that did not hold: {'; '.join(missed) or 'none'}."]
