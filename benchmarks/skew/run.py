@@ -158,6 +158,10 @@ def claims(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> dict[st
         (row["skew"], row["activation"], row["controller"]): row["max_violation"]["last_quarter"]
         for row in rows
     }
+    least = {
+        (row["skew"], row["activation"], row["controller"]): row["min_violation"]["last_quarter"]
+        for row in rows
+    }
     standing = [(kind, activation) for kind in KINDS[:3] for activation in ACTIVATIONS]
     skewed = [(kind, activation) for kind in KINDS[1:5] for activation in ACTIVATIONS]
     error = {row["controller"]: row["largest_relative_error_of_mean_load"] for row in targets}
@@ -174,6 +178,16 @@ def claims(rows: list[dict[str, Any]], targets: list[dict[str, Any]]) -> dict[st
             for activation in ACTIVATIONS
             for name in CONTROLLERS
             if name.startswith(("sign", "RMS", "subgradient"))
+        ),
+        "a step of 1/n ends above 3 behind a moving hot spot": all(
+            last["moving hot spot", activation, "subgradient, 1/n"] > 3
+            for activation in ACTIVATIONS
+        ),
+        "Sinkhorn prices of scores leave no expert below half its share on a standing skew": all(
+            least[*place, "Sinkhorn, scores"] > -0.5 for place in standing
+        ),
+        "Sinkhorn prices of log scores leave no expert below half its share either": all(
+            least[*place, "Sinkhorn, log scores"] > -0.5 for place in standing
         ),
         "proportional control ends above the subgradient on every standing skew, sigmoid": all(
             last[kind, "sigmoid", "congestion, 0.2"] > last[kind, "sigmoid", "subgradient, 1/n"]
@@ -197,7 +211,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--known-tokens", type=int, default=4096)
     parser.add_argument("--known-updates", type=int, default=1000)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
