@@ -120,6 +120,16 @@ def test_state_round_trip(route, make):
 
 
 @controllers
+def test_the_state_of_another_kind_is_refused(make):
+    controller = make(4)
+    name = type(controller).__name__
+    message = f"state of {name} must hold .*; it belongs to another kind of controller"
+    for state in ({}, controller.state_dict() | {"velocity": torch.zeros(4)}):
+        with pytest.raises(ValueError, match=message):
+            controller.load_state_dict(state)
+
+
+@controllers
 def test_the_order_of_experts_does_not_matter(route, make):
     order = torch.randperm(6)
     batches = torch.rand(8, 40, 6) + torch.arange(6) / 6

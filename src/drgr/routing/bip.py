@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from drgr.numerics import kth_largest
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
 from drgr.routing.step_scores import ScoreBatch, StepScores, marginal_values
 from drgr.routing.targets import target_counts, target_shares
@@ -84,6 +85,7 @@ class BipBalancing:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the prices and forgets what was observed."""
+        check_state(self, state, "duals")
         self._duals = state["duals"].to(self._duals)
         self._scores.forget()
 

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from drgr._checks import check_share
 from drgr.collectives import sum_over_processes
 from drgr.numerics import kth_largest
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
 from drgr.routing.targets import target_counts, target_shares
 
@@ -99,6 +100,7 @@ class QuantileBalancing:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the prices and forgets what was observed."""
+        check_state(self, state, "prices")
         self._prices = state["prices"].to(self._prices)
         self._forget()
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from drgr.numerics import Status
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
 from drgr.routing.sinkhorn import SinkhornCost, SinkhornPrices
 
@@ -111,8 +112,9 @@ class SelectiveSinkhorn:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores prices and number of updates, and forgets what was observed."""
+        check_state(self, state, "prices", "duals", "num_updates")
         self._num_updates = int(state["num_updates"])
-        self._sinkhorn.load_state_dict(state)
+        self._sinkhorn.load_state_dict({name: state[name] for name in self._unpriced})
 
     def _coin(self, step: int) -> bool:
         # A generator for each step: NumPy's seed sequence mixes neighbouring integers well.

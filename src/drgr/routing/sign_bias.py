@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from drgr._checks import check_positive
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
 from drgr.routing.targets import StepLoad
 
@@ -71,5 +72,6 @@ class SignBias:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the prices and forgets what was observed."""
+        check_state(self, state, "prices")
         self._prices = state["prices"].to(self._prices)
         self._load.forget()

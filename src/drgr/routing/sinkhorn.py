@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from drgr._checks import check_positive
 from drgr.collectives import sum_over_processes
 from drgr.numerics import Status
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
 from drgr.routing.step_scores import ScoreBatch, StepScores, marginal_values
 from drgr.routing.targets import target_shares
@@ -133,6 +134,7 @@ class SinkhornPrices:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the prices and forgets what was observed."""
+        check_state(self, state, "prices", "duals")
         self._prices = state["prices"].to(self._prices)
         self._duals = state["duals"].to(self._duals)
         self._transport = None

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from drgr._checks import check_positive
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
 from drgr.routing.targets import StepLoad
 
@@ -85,6 +86,7 @@ class DecayingSubgradient:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores prices and number of updates, and forgets what was observed."""
+        check_state(self, state, "prices", "num_updates")
         self._prices = state["prices"].to(self._prices)
         self._num_updates = state["num_updates"].to(self._num_updates)
         self._load.forget()
