@@ -52,3 +52,8 @@ def test_error_and_counts_equal_fractions(load, weights, equal: bool):
     assert [(e > 0) - (e < 0) for e in error] == [(e > 0) - (e < 0) for e in expected]
     counts = target_counts(shares, torch.tensor(total), len(load)).tolist()
     assert counts == [total * w // parts for w in target]
+
+
+def test_a_share_that_rounds_down_does_not_lose_an_assignment():
+    # 0.7 * 90 is below 63 in binary.
+    assert target_counts(target_shares([7, 3], 2), torch.tensor(90), 2).tolist() == [63, 27]
