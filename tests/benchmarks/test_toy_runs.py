@@ -261,3 +261,19 @@ def test_the_value_gradient_of_the_single_loop_problems(monkeypatch):
     y = instance.inner - torch.linalg.solve(hessian, slope)
     found = hypergradient(mean(problem.outer_loss), inner_loss, x, y, solver=Exact())
     torch.testing.assert_close(found.grads, instance.matrix @ x + instance.offset)
+
+
+def test_skew(run_script):
+    result = run_script(
+        "benchmarks.skew.run",
+        *("--tokens", "64", "--steps", "12", "--rounds", "1"),
+        *("--known-tokens", "256", "--known-updates", "20"),
+    )
+    assert len(result["skews"]) == 6 * 2 * 13
+    for row in result["skews"]:
+        violation = row["max_violation"]
+        assert 0 <= violation["mean"] <= violation["highest"]
+        assert -1 <= row["min_violation"]["mean"] <= 0
+    assert result["cost"]["ratio_to_none"]["none"] == 1
+    assert {row["status"] for row in result["known"]["transport"]} <= {"CONVERGED", "MAX_STEPS"}
+    assert all(isinstance(kept, bool) for kept in result["claims"].values())

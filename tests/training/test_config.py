@@ -21,6 +21,12 @@ ALTERNATIVES = [
     parse_config({"model": {"kind": "pretrained", "path": "somewhere"}}),
     parse_config({"routing": {"controller": {"kind": "sign-bias"}}}),
     parse_config({"routing": {"controller": {"kind": "none"}}}),
+    parse_config({"routing": {"controller": {"kind": "rms-bias"}}}),
+    parse_config({"routing": {"controller": {"kind": "subgradient"}}}),
+    parse_config({"routing": {"controller": {"kind": "congestion"}}}),
+    parse_config({"routing": {"controller": {"kind": "bip"}}}),
+    parse_config({"routing": {"controller": {"kind": "sinkhorn"}}}),
+    parse_config({"routing": {"controller": {"kind": "selective-sinkhorn"}}}),
     parse_config({"outer": {"solver": {"kind": "cg"}}}),
     parse_config({"outer": {"solver": {"kind": "neumann"}}}),
 ]
@@ -47,6 +53,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.budget.average": 2.5,
     "routing.controller.kind": "none",
     "routing.controller.smoothing": 0.5,
+    "routing.controller.target": [1.0, 2.0],
     "outer.variables": ["mixture"],
     "outer.every": 10,
     "outer.begin": 30,
@@ -247,7 +254,8 @@ class TestOverride:
             ],
         )
         assert at(changed, "model") == {"kind": "pretrained", "path": "somewhere"}
-        assert at(changed, "routing.controller") == {"kind": "sign-bias", "step_size": 0.1}
+        controller = {"kind": "sign-bias", "step_size": 0.1, "target": None}
+        assert at(changed, "routing.controller") == controller
         assert at(changed, "robustness.radius") == 0.3
 
     def test_later_assignments_win_and_the_original_stays(self):
@@ -386,7 +394,7 @@ class TestFingerprint:
             table = table[parent]
         table[key] = OTHER_VALUES[path]
         if path == "routing.controller.kind":
-            del table["smoothing"]
+            del table["smoothing"], table["target"]
         changed = parse_config(content)
         assert changed != DEFAULT
         is_same = changed.fingerprint("content") == DEFAULT.fingerprint("content")

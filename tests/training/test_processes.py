@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "routing__controller": {"kind": "sign-bias", "step_size": 0.01},
         "robustness__apply_to": "objective",
     },
+    "sinkhorn": {"routing__budget": BUDGET, "routing__controller": {"kind": "sinkhorn"}},
     "outer-lookahead": {
         "routing__budget": BUDGET,
         "robustness__apply_to": "nothing",

@@ -19,6 +19,13 @@ VARIANTS = {
         "robustness__penalty": None,
         "robustness__radius": 0.5,
     },
+    "subgradient-target": {
+        "routing__controller": {"kind": "subgradient", "target": [1, 2, 3, 4, 1, 2, 3, 4]},
+    },
+    "selective-sinkhorn": {
+        "routing__controller": {"kind": "selective-sinkhorn", "probability": 0.5},
+        "training__accumulation": 2,
+    },
     "outer-lookahead": {
         "robustness__apply_to": "nothing",
         "outer": {"variables": ["mixture"], "begin": 1, "every": 2, "windows": 1},

@@ -9,7 +9,17 @@ import torch
 
 from drgr.data import Corpus
 from drgr.errors import ConfigError, DataError
-from drgr.routing import NoPrices, QuantileBalancing, SignBias
+from drgr.routing import (
+    BipBalancing,
+    CongestionPrice,
+    DecayingSubgradient,
+    NoPrices,
+    QuantileBalancing,
+    RmsBias,
+    SelectiveSinkhorn,
+    SignBias,
+    SinkhornPrices,
+)
 from drgr.training import build_run, resolve_cache
 from drgr.training.setup import sampling_weights
 
@@ -50,6 +60,21 @@ class TestSampling:
         ({"kind": "none"}, NoPrices),
         ({"kind": "sign-bias", "step_size": 0.25}, SignBias),
         ({"kind": "quantile", "smoothing": 0.5}, QuantileBalancing),
+        ({"kind": "rms-bias", "step_size": 0.25}, RmsBias),
+        ({"kind": "subgradient", "step_size": 0.25, "decay": 0.75}, DecayingSubgradient),
+        ({"kind": "congestion", "strength": 0.25, "smoothing": 0.5}, CongestionPrice),
+        ({"kind": "bip", "num_iterations": 3}, BipBalancing),
+        (
+            {
+                "kind": "sinkhorn",
+                "regularization": 0.25,
+                "cost": "log-scores",
+                "tolerance": 0.5,
+                "max_iterations": 7,
+            },
+            SinkhornPrices,
+        ),
+        ({"kind": "selective-sinkhorn", "probability": 0.25, "seed": 3}, SelectiveSinkhorn),
     ],
 )
 def test_controllers(runs: ModuleType, corpus: Corpus, controller, kind):
@@ -58,6 +83,20 @@ def test_controllers(runs: ModuleType, corpus: Corpus, controller, kind):
     for key, value in controller.items():
         if key != "kind":
             assert getattr(run.attachment.policies[0].controller, f"_{key}") == value
+
+
+def test_a_target_reaches_every_layer(runs: ModuleType, corpus: Corpus):
+    controller = {"kind": "sign-bias", "target": [1, 1, 2, 4, 1, 1, 2, 4]}
+    run = build_run(runs.small_config(routing__controller=controller), corpus)
+    for policy in run.attachment.policies:
+        assert (policy.controller._load._shares * 16).tolist() == controller["target"]
+
+
+def test_a_target_of_another_length_is_refused(runs: ModuleType, corpus: Corpus):
+    controller = {"kind": "quantile", "target": [1, 2]}
+    message = r"routing\.controller: target must have one load for each of the 8 experts, got 2"
+    with pytest.raises(ConfigError, match=message):
+        build_run(runs.small_config(routing__controller=controller), corpus)
 
 
 def test_seed_decides_the_parameters(runs: ModuleType, corpus: Corpus):

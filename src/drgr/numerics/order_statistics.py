@@ -15,8 +15,8 @@ def kth_largest(values: Tensor, k: Tensor, group: ProcessGroup | None = None) ->
 
     Args:
         values: Finite float32 values, shape ``(n, m)``; ``n`` may differ between processes.
-        k: Rank from the top, 1 for the largest, int64 scalar, equal on all processes; clamped to
-            the number of rows, so asking for more gives the smallest element.
+        k: Rank from the top, 1 for the largest, int64 scalar or one for each column ``(m,)``, equal
+            on all processes; clamped to the number of rows, so more gives the smallest element.
         group: Processes that share the data.
 
     Returns:
@@ -43,9 +43,10 @@ def kth_largest(values: Tensor, k: Tensor, group: ProcessGroup | None = None) ->
     num_rows = sum_over_processes(torch.tensor(values.shape[0], device=values.device), group)
     if int(num_rows) == 0:
         raise ValueError("values must have at least one row, got 0; give a batch with valid tokens")
-    position = torch.minimum(k.clamp_min(1), num_rows) - 1
+    position = (torch.minimum(k.clamp_min(1), num_rows) - 1).expand(values.shape[1])
     if world_size(group) == 1:
-        return values.detach().sort(dim=0, descending=True).values[position]
+        ordered = values.detach().sort(dim=0, descending=True).values
+        return ordered.gather(0, position.unsqueeze(0))[0]
     return _radix_select(values.detach(), position, group)
 
 
@@ -53,7 +54,7 @@ def _radix_select(values: Tensor, position: Tensor, group: ProcessGroup | None) 
     """Selects digit by digit from the most significant; the prefix found narrows the data."""
     keys = _ordered_keys(values)
     num_columns = values.shape[1]
-    remaining = position.expand(num_columns).clone()
+    remaining = position.clone()
     prefix = torch.zeros(num_columns, dtype=torch.int64, device=values.device)
     for shift in range(32 - _DIGIT_BITS, -1, -_DIGIT_BITS):
         matches = (keys >> (shift + _DIGIT_BITS)) == prefix

@@ -7,6 +7,8 @@ for each controller and loss.
 """
 
 from drgr.routing.batch_price import BatchPrice
+from drgr.routing.bip import BipBalancing
+from drgr.routing.congestion_price import CongestionPrice
 from drgr.routing.controllers import NoPrices, PriceController
 from drgr.routing.link_gates import (
     GateGroup,
@@ -20,7 +22,11 @@ from drgr.routing.load_balancing import load_balancing_loss
 from drgr.routing.plan import LayerRouting, RoutingPlan
 from drgr.routing.policy import ControllerFactory, RoutingPolicy
 from drgr.routing.quantile import QuantileBalancing
+from drgr.routing.rms_bias import RmsBias
+from drgr.routing.selective_sinkhorn import SelectiveSinkhorn
 from drgr.routing.sign_bias import SignBias
+from drgr.routing.sinkhorn import SinkhornCost, SinkhornPrices
+from drgr.routing.subgradient import DecayingSubgradient
 from drgr.routing.traffic import (
     TrafficMeter,
     congestion,
@@ -30,10 +36,14 @@ from drgr.routing.traffic import (
     traffic_penalty,
     traffic_penalty_gradient,
 )
+from drgr.routing.transport import Transport, entropic_transport
 
 __all__ = [
     "BatchPrice",
+    "BipBalancing",
+    "CongestionPrice",
     "ControllerFactory",
+    "DecayingSubgradient",
     "GateGroup",
     "GateStep",
     "LayerGates",
@@ -42,11 +52,17 @@ __all__ = [
     "NoPrices",
     "PriceController",
     "QuantileBalancing",
+    "RmsBias",
     "RoutingPlan",
     "RoutingPolicy",
+    "SelectiveSinkhorn",
     "SignBias",
+    "SinkhornCost",
+    "SinkhornPrices",
     "TrafficMeter",
+    "Transport",
     "congestion",
+    "entropic_transport",
     "exchanged_bytes",
     "expert_load",
     "gradient_traffic",

@@ -1,5 +1,6 @@
 """The one interface of everything that moves expert prices, and the controller that never does."""
 
+from collections.abc import Mapping
 from typing import Protocol, final
 
 import torch
@@ -35,8 +36,17 @@ class PriceController(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores :meth:`state_dict`."""
+        """Restores :meth:`state_dict`; raises ``ValueError`` for that of another kind."""
         ...
+
+
+def check_state(controller: PriceController, state: Mapping[str, Tensor], *names: str) -> None:
+    """Raises ``ValueError`` unless ``state`` has exactly the tensors called ``names``."""
+    if set(state) != set(names):
+        raise ValueError(
+            f"state of {type(controller).__name__} must hold {sorted(names)}, got {sorted(state)}; "
+            f"it belongs to another kind of controller"
+        )
 
 
 @final

@@ -1,5 +1,6 @@
 """Quantile balancing: the price at which an expert would have had exactly its share."""
 
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -9,7 +10,9 @@ from torch.distributed import ProcessGroup
 from drgr._checks import check_share
 from drgr.collectives import sum_over_processes
 from drgr.numerics import kth_largest
+from drgr.routing.controllers import check_state
 from drgr.routing.plan import LayerRouting
+from drgr.routing.targets import target_counts, target_shares
 
 
 @final
@@ -25,11 +28,13 @@ class QuantileBalancing:
     after each optimizer step, over all its micro-batches and processes, then centred. There is no
     step size to tune, and dead experts are lifted as well as hot ones lowered. Where every token
     has ``k`` experts, ``alpha_t`` is its ``k+1``-th largest value, as published; with a batch
-    budget it is the token's own marginal value (derived here).
+    budget it is the token's own marginal value (derived here). With a target, ``c_e`` is the
+    whole part of ``w_e`` times all assignments (derived here).
 
     Args:
         num_experts: Number of experts ``E``.
         smoothing: Share of the old price that is kept, in [0, 1); 0 is the exact minimiser.
+        target: Loads wanted, one positive number for each expert in any unit; equal by default.
         device: Where the prices live.
 
     References:
@@ -39,9 +44,15 @@ class QuantileBalancing:
     """
 
     def __init__(
-        self, num_experts: int, *, smoothing: float = 0.0, device: torch.device | None = None
+        self,
+        num_experts: int,
+        *,
+        smoothing: float = 0.0,
+        target: Sequence[float] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         check_share("smoothing", smoothing)
+        self._shares = target_shares(target, num_experts, device=device)
         self._smoothing = smoothing
         self._prices = torch.zeros(num_experts, device=device)
         self._margins: list[Tensor] = []
@@ -75,8 +86,9 @@ class QuantileBalancing:
         )
         num_rows = sum_over_processes(torch.tensor(len(margins), device=margins.device), group)
         if int(num_rows) > 0:
-            target = sum_over_processes(self._num_assignments, group) // margins.shape[1]
-            prices = kth_largest(margins, target + 1, group)
+            total = sum_over_processes(self._num_assignments, group)
+            counts = target_counts(self._shares, total, margins.shape[1])
+            prices = kth_largest(margins, counts + 1, group)
             prices = _replace_unbounded(prices)
             prices = prices - prices.mean()
             self._prices = self._smoothing * self._prices + (1 - self._smoothing) * prices
@@ -88,6 +100,7 @@ class QuantileBalancing:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores the prices and forgets what was observed."""
+        check_state(self, state, "prices")
         self._prices = state["prices"].to(self._prices)
         self._forget()
 

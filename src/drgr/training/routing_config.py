@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from drgr.training.field_types import STRICT, NotNegative, Positive, Share
+from drgr.routing import SinkhornCost
+from drgr.training.field_types import STRICT, Count, NotNegative, Positive, Share
 
 
 class BudgetConfig(BaseModel):
@@ -51,27 +52,94 @@ class NoControllerConfig(BaseModel):
     kind: Literal["none"] = "none"
 
 
-class SignBiasConfig(BaseModel):
-    """See :class:`drgr.routing.SignBias`."""
+class _TargetConfig(BaseModel):
+    """What every controller that aims at a load has."""
 
     model_config = STRICT
+
+    target: tuple[Positive, ...] | None = None
+    """Loads wanted, one for each expert in any unit; equal where not given."""
+
+
+class SignBiasConfig(_TargetConfig):
+    """See :class:`drgr.routing.SignBias`."""
 
     kind: Literal["sign-bias"]
     step_size: Positive = 1e-3
 
 
-class QuantileConfig(BaseModel):
-    """See :class:`drgr.routing.QuantileBalancing`."""
+class RmsBiasConfig(_TargetConfig):
+    """See :class:`drgr.routing.RmsBias`."""
 
-    model_config = STRICT
+    kind: Literal["rms-bias"]
+    step_size: Positive = 1e-3
+
+
+class SubgradientConfig(_TargetConfig):
+    """See :class:`drgr.routing.DecayingSubgradient`."""
+
+    kind: Literal["subgradient"]
+    step_size: Positive = 0.1
+    decay: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+
+class CongestionConfig(_TargetConfig):
+    """See :class:`drgr.routing.CongestionPrice`."""
+
+    kind: Literal["congestion"]
+    strength: Positive = 1.0
+    smoothing: Share = 0.9
+
+
+class QuantileConfig(_TargetConfig):
+    """See :class:`drgr.routing.QuantileBalancing`."""
 
     kind: Literal["quantile"] = "quantile"
     smoothing: Share = 0.0
 
 
-ControllerConfig = Annotated[
-    NoControllerConfig | SignBiasConfig | QuantileConfig, Field(discriminator="kind")
-]
+class BipConfig(_TargetConfig):
+    """See :class:`drgr.routing.BipBalancing`."""
+
+    kind: Literal["bip"]
+    num_iterations: Count = 8
+
+
+class SinkhornConfig(_TargetConfig):
+    """See :class:`drgr.routing.SinkhornPrices`."""
+
+    kind: Literal["sinkhorn"]
+    regularization: Positive = 0.05
+    cost: SinkhornCost = "scores"
+    tolerance: Positive = 1e-3
+    max_iterations: Count = 100
+
+
+class SelectiveSinkhornConfig(_TargetConfig):
+    """See :class:`drgr.routing.SelectiveSinkhorn`."""
+
+    kind: Literal["selective-sinkhorn"]
+    probability: Annotated[float, Field(ge=0, le=1)] = 0.01
+    seed: Annotated[int, Field(ge=0)] = 0
+    regularization: Positive = 0.05
+    cost: SinkhornCost = "scores"
+    tolerance: Positive = 1e-3
+    max_iterations: Count = 100
+
+
+PricedConfig = (
+    SignBiasConfig
+    | RmsBiasConfig
+    | SubgradientConfig
+    | CongestionConfig
+    | QuantileConfig
+    | BipConfig
+    | SinkhornConfig
+    | SelectiveSinkhornConfig
+)
+"""Settings of every controller that moves prices."""
+
+ControllerConfig = Annotated[NoControllerConfig | PricedConfig, Field(discriminator="kind")]
 
 
 class TrafficConfig(BaseModel):

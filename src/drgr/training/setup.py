@@ -21,25 +21,18 @@ from drgr.evaluation import average_mixture
 from drgr.integrations.transformers import Attachment, attach, enable_checkpointing, find_sites
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
 from drgr.routing import (
-    ControllerFactory,
     LinkGates,
-    NoPrices,
-    QuantileBalancing,
-    SignBias,
     exchanged_bytes,
 )
 from drgr.training.adversary import DomainAdversary
 from drgr.training.adversary_setup import build_adversary, build_experts, check_robustness
 from drgr.training.config import (
     BudgetConfig,
-    ControllerConfig,
-    NoControllerConfig,
     PretrainedModelConfig,
-    QuantileConfig,
     RunConfig,
-    SignBiasConfig,
     TinyModelConfig,
 )
+from drgr.training.controller_setup import build_controller
 from drgr.training.expert_groups import ExpertAdversaries
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
@@ -219,21 +212,6 @@ def build_budget(config: BudgetConfig, flops: FlopModel) -> TokenBudget:
     return TokenBudget(
         minimum=int(config.minimum), maximum=int(config.maximum), average=config.average
     )
-
-
-def build_controller(config: ControllerConfig) -> ControllerFactory:
-    """Returns what builds a layer's controller of expert prices."""
-    match config:
-        case NoControllerConfig():
-            return lambda experts, device: NoPrices(experts, device=device)
-        case SignBiasConfig(step_size=step_size):
-            return lambda experts, device: SignBias(experts, step_size=step_size, device=device)
-        case QuantileConfig(smoothing=smoothing):
-            return lambda experts, device: QuantileBalancing(
-                experts, smoothing=smoothing, device=device
-            )
-        case _:
-            assert_never(config)
 
 
 def autocast_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:
