@@ -37,6 +37,15 @@ def min_violation(load: Tensor) -> Tensor:
     return _relative_to_mean(load).amin(dim=-1)
 
 
+def mean_violation(load: Tensor) -> Tensor:
+    """Returns AvgVio, ``mean_e |c_e / mean(c) - 1|``: 0 balanced, ``2 - 2 / E`` with one used.
+
+    Args:
+        load: Assignments per expert, shape ``(..., E)``.
+    """
+    return _relative_to_mean(load).abs().mean(dim=-1)
+
+
 def _relative_to_mean(load: Tensor) -> Tensor:
     """Returns ``c_e / mean(c) - 1`` in float64; 0 where nothing was assigned, which is balanced."""
     counts = load.double()
