@@ -116,7 +116,9 @@ def drgr() -> RunConfig:
     """The whole method: a mixture that looks ahead, inside an exact budget.
 
     The mixture moves to the one whose predicted held-out losses have the least worst case, by
-    gradient alignments between all pairs of domains in the optimizer's metric.
+    gradient alignments between all pairs of domains in the optimizer's metric. On models of a few
+    million parameters it does not beat ``demo``, which draws by the adversary's weights
+    (``benchmarks/frontier``).
     """
     return demo().model_copy(
         update={
