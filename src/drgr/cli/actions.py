@@ -83,7 +83,8 @@ def show_recipes(name: str | None) -> None:
         typer.echo(load_recipe(name).to_json(), nl=False)
         return
     for key, recipe in RECIPES.items():
-        typer.echo(f"{key:<12}{(recipe.__doc__ or '').strip()}")
+        summary, *_ = (recipe.__doc__ or "").strip().splitlines()
+        typer.echo(f"{key:<12}{summary}")
 
 
 def show_settings() -> None:
