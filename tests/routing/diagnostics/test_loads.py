@@ -93,6 +93,7 @@ def test_dead_experts_by_hand():
     loads = torch.tensor([[0, 1, 11], [4, 4, 4], [0, 0, 0]])
     assert dead_experts(loads).tolist() == [1, 0, 0]
     assert dead_experts(loads, below=0.25).tolist() == [2, 0, 0]
+    assert dead_experts(loads, below=1.0).tolist() == [2, 3, 0]
     with pytest.raises(ValueError, match=r"below must .* got -1"):
         dead_experts(loads, below=-1)
 

@@ -94,16 +94,17 @@ def weights_by_loop(losses, initial, warmup, window):
     return weights[: len(losses) + 1]
 
 
-@pytest.mark.parametrize("trend", [-0.01, 0.0, 0.01])
-def test_adaptive_weight_follows_its_rule(trend):
+@pytest.mark.parametrize("warmup", [20, 40])
+@pytest.mark.parametrize("trend", [-0.01, 0.0, 0.01, 0.06])
+def test_adaptive_weight_follows_its_rule(trend, warmup):
     generator = np.random.default_rng(3)
     losses = [math.exp(trend * t + 0.05 * generator.normal()) for t in range(90)]
-    weight = AdaptiveWeight(0.05, warmup=20, window=10)
+    weight = AdaptiveWeight(0.05, warmup=warmup, window=10)
     values = [weight.value]
     for loss in losses:
         weight.update(loss)
         values.append(weight.value)
-    np.testing.assert_allclose(values, weights_by_loop(losses, 0.05, 20, 10), rtol=1e-12)
+    np.testing.assert_allclose(values, weights_by_loop(losses, 0.05, warmup, 10), rtol=1e-12)
     assert max(values) <= 0.2 * (1 + 1e-12)
 
 

@@ -112,6 +112,12 @@ def test_the_sum_is_weighted_and_averaged_over_layers():
     assert all(x.logits.grad.any() for x in layers)
 
 
+def test_a_loss_with_coefficient_zero_is_seen_and_not_felt():
+    total, values = routing_loss([layer()], [(0.0, lambda x: x.scores.sum() * torch.inf)])
+    assert total.item() == 0
+    assert values.tolist() == [torch.inf]
+
+
 def test_no_term_is_no_loss():
     total, values = routing_loss([layer()], [])
     assert total.item() == 0
