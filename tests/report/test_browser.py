@@ -62,7 +62,7 @@ def embedded_charts(dom: str) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("names", "expected"), [(("robust",), 12), (("plain", "robust"), 27)])
+@pytest.mark.parametrize(("names", "expected"), [(("robust",), 14), (("plain", "robust"), 31)])
 def test_every_chart_is_drawn_without_a_console_message(
     chromium, make_run, tmp_path, names, expected
 ):
@@ -81,7 +81,7 @@ def test_hostile_names_run_nothing(chromium, make_run, tmp_path):
     report = write_report([run], output=tmp_path / "report.html")
     dom, console = open_page(chromium, report, tmp_path / "profile")
     assert console == []
-    assert drawn_charts(dom) == 11
+    assert drawn_charts(dom) == 12
     assert "<img" not in dom
 
 
