@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 
@@ -25,6 +26,7 @@ def test_the_second_interrupt_acts_at_once():
             os.kill(os.getpid(), signal.SIGINT)
             assert request.signal == signal.SIGINT
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)  # where another thread was told, the main one hears of it a little later
 
     with pytest.raises(KeyboardInterrupt):
         interrupted_twice()
