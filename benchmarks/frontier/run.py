@@ -8,19 +8,20 @@ first.
 
 import argparse
 import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import describe_source, write_result
-from drgr.data import prepare_corpus
+from benchmarks.training_runs import (
+    BACKWARD_SHARE,
+    MARGIN,
+    opened_corpus,
+    summarise,
+    trained,
+)
 from drgr.recipes import demo
-from drgr.training import RunConfig, override, resolve_cache
+from drgr.training import RunConfig, override
 
 OUTER = ["robustness.apply_to=nothing", "outer.variables=[mixture]"]
 GRADIENT = [*OUTER, "outer.update=gradient"]
@@ -34,16 +35,23 @@ METHODS: dict[str, list[str]] = {
     "KL weights of held-out losses": ["robustness.apply_to=sampling"],
     "lookahead": OUTER,
     "lookahead, two sequences of a domain": [*OUTER, "outer.windows=2"],
+    "lookahead, strong anchor": [*OUTER, "outer.anchor_strength=1"],
+    "lookahead, long averages": [*OUTER, "outer.smoothing=0.8"],
     "hypergradient, identity metric": [*GRADIENT, "outer.metric=identity"],
     "hypergradient, Adam metric": GRADIENT,
+    "hypergradient, Adam metric, short steps": [*GRADIENT, "outer.rate=0.5"],
+    "hypergradient, Adam metric, strong anchor": [*GRADIENT, "outer.anchor_strength=1"],
     "hypergradient, Gauss-Newton by CG": [*GRADIENT, "outer.solver={kind: cg, max_steps: 3}"],
+    "hypergradient, Gauss-Newton by CG, more damping": [
+        *GRADIENT,
+        "outer.solver={kind: cg, max_steps: 3}",
+        "outer.horizon=2",
+    ],
 }
 # In forward passes over the outer batch: two gradients; a gradient, the routes and a difference.
 LOOKAHEAD_PASSES, GRADIENT_PASSES = 6, 6
 PRODUCT_PASSES = 5
-BACKWARD_SHARE = 3
-# A frozen price may spend more than the average; 5 % covers it.
-MARGIN = 1.05
+FIGURES = ("worst_bits_per_byte", "mean_bits_per_byte", "flops", "outer_flops", "steps")
 
 
 def main() -> None:
@@ -63,7 +71,7 @@ def main() -> None:
     jobs = [(method, seed) for seed in range(arguments.seeds) for method in arguments.methods]
     with ThreadPoolExecutor(arguments.parallel) as pool:
         runs = list(pool.map(lambda job: run_method(job[0], job[1], arguments), jobs))
-    summary = {method: summarise(runs, method) for method in arguments.methods}
+    summary = {method: summarise(runs, method, FIGURES) for method in arguments.methods}
     write_result(
         arguments.output,
         environment,
@@ -83,23 +91,16 @@ def main() -> None:
 def run_method(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains one method with one seed as ``drgr train`` does, and returns its key figures."""
     directory = arguments.work / f"{list(METHODS).index(method)}-{seed}"
-    shutil.rmtree(directory, ignore_errors=True)
     settings = [
         *METHODS[method],
         *common(arguments),
         f"training.seed={seed}",
         f"training.steps={affordable_steps(method, arguments)}",
     ]
-    command = [sys.executable, "-m", "drgr", "train", "demo", "--run-dir", str(directory)]
-    command += ["--no-report", *[part for setting in settings for part in ("--set", setting)]]
-    if arguments.cache:
-        command += ["--cache", arguments.cache]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    record = trained(directory, settings, cache=arguments.cache)
     start = {"method": method, "seed": seed}
-    if result.returncode:
-        return start | {"failed": result.stderr[-2000:]}
-    record = json.loads((directory / "evaluation.json").read_text())
+    if "failed" in record:
+        return start | record
     return start | {
         "steps": record["step"],
         "flops": record["flops"],
@@ -122,7 +123,7 @@ def affordable_steps(method: str, arguments: argparse.Namespace) -> int:
     """Returns the steps that cost no more FLOPs than those of the first method."""
     config = override(demo(), [*METHODS[method], *common(arguments)])
     per_step = BACKWARD_SHARE * config.training.batch_size
-    sequences = MARGIN * num_domains(config, arguments)
+    sequences = MARGIN * len(opened_corpus(config, cache=arguments.cache).domains)
     robustness, outer = config.robustness, config.outer
     steps = int(arguments.steps)
     while steps > 1:
@@ -151,30 +152,6 @@ def outer_passes(config: RunConfig) -> int:
     if outer.solver.kind == "cg":
         passes += PRODUCT_PASSES * (outer.solver.max_steps + 1)
     return passes
-
-
-def num_domains(config: RunConfig, arguments: argparse.Namespace) -> int:
-    corpus = prepare_corpus(
-        arguments.corpus,
-        cache=resolve_cache(Path(arguments.cache) if arguments.cache else None),
-        vocabulary_size=config.data.vocabulary_size,
-    )
-    return len(corpus.domains)
-
-
-def summarise(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Returns mean and standard deviation over seeds; failed runs are counted, not hidden."""
-    mine = [run for run in runs if run["method"] == method]
-    finished = [run for run in mine if "failed" not in run]
-    summary: dict[str, Any] = {"seeds": len(mine), "failed": len(mine) - len(finished)}
-    for key in ("worst_bits_per_byte", "mean_bits_per_byte", "flops", "outer_flops", "steps"):
-        values = [run[key] for run in finished]
-        if values:
-            summary[key] = {
-                "mean": statistics.fmean(values),
-                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-            }
-    return summary
 
 
 if __name__ == "__main__":

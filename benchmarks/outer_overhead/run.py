@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import describe_source, write_result
-from drgr.data import prepare_corpus
+from benchmarks.training_runs import opened_corpus, stepper
 from drgr.recipes import drgr
-from drgr.training import RunConfig, build_run, override, resolve_cache
-from drgr.training.held_out import held_out_sums
-from drgr.training.step import is_finite, train_step
+from drgr.training import RunConfig, build_run, override
 
 LIMIT = 1.30
 VARIANTS: dict[str, list[str]] = {
@@ -43,11 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     environment = describe_source(allow_dirty=arguments.allow_dirty)
     base = override(drgr(), [f"data.corpus={arguments.corpus}", *arguments.set])
-    corpus = prepare_corpus(
-        arguments.corpus,
-        cache=resolve_cache(arguments.cache),
-        vocabulary_size=base.data.vocabulary_size,
-    )
+    corpus = opened_corpus(base, cache=arguments.cache)
     variants = {
         name: one_round(override(base, settings), corpus) for name, settings in VARIANTS.items()
     }
@@ -87,31 +81,7 @@ def main() -> None:
 def one_round(config: RunConfig, corpus: Any) -> Callable[[int], None]:
     """Returns ``every`` steps of ``drgr train`` with their held-out passes and one outer step."""
     run = build_run(config, corpus)
-    robustness, every = config.robustness, config.outer.every
-
-    def step(number: int) -> None:
-        if number % robustness.every == 0:
-            sums, counts, _ = held_out_sums(
-                run.attachment,
-                corpus,
-                run.settings,
-                run.flops,
-                step=number,
-                windows=robustness.windows,
-            )
-            run.adversary.observe(sums, counts)
-            run.adversary.refresh()
-        totals = train_step(
-            run.forward_model,
-            run.attachment,
-            run.optimizer,
-            corpus,
-            run.settings,
-            step=number,
-            weights=run.adversary.weights,
-        )
-        if not is_finite(totals):
-            raise SystemExit(f"step {number} is not finite")
+    step, every = stepper(run, held_out=True), config.outer.every
 
     def run_round(number: int) -> None:
         for offset in range(every):
@@ -121,7 +91,7 @@ def one_round(config: RunConfig, corpus: Any) -> Callable[[int], None]:
             report = run.outer.step(
                 adversary.worst_case,
                 adversary.losses,
-                adversary.weights.adversary,
+                adversary.weights,
                 step=(number + 1) * every,
             )
             adversary.set_mixture(report.mixture)

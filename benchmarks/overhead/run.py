@@ -20,13 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import describe_source, write_result
-from drgr.data import draw_batch, prepare_corpus
+from benchmarks.training_runs import opened_corpus, stepper
+from drgr.data import draw_batch
 from drgr.evaluation import token_losses
 from drgr.integrations.transformers.experts import IMPLEMENTATION, register
 from drgr.recipes import demo
-from drgr.training import RunConfig, build_run, override, resolve_cache
-from drgr.training.held_out import held_out_sums
-from drgr.training.step import is_finite, train_step
+from drgr.training import RunConfig, build_run, override
 
 LIMIT = 1.05
 
@@ -60,39 +59,6 @@ def unattached_step(
     return step
 
 
-def attached_step(config: RunConfig, corpus: Any, *, held_out: bool) -> Callable[[int], None]:
-    """Returns the step of ``drgr train``; with ``held_out`` its share of the adversary's passes."""
-    run = build_run(config, corpus)
-    settings = config.robustness
-
-    def step(number: int) -> None:
-        if number % settings.every == 0:
-            if held_out:
-                sums, counts, _ = held_out_sums(
-                    run.attachment,
-                    corpus,
-                    run.settings,
-                    run.flops,
-                    step=number,
-                    windows=settings.windows,
-                )
-                run.adversary.observe(sums, counts)
-            run.adversary.refresh()
-        totals = train_step(
-            run.forward_model,
-            run.attachment,
-            run.optimizer,
-            corpus,
-            run.settings,
-            step=number,
-            weights=run.adversary.weights,
-        )
-        if not is_finite(totals):
-            raise SystemExit(f"step {number} is not finite")
-
-    return step
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", default="drgr-8")
@@ -105,19 +71,15 @@ def main() -> None:
     arguments = parser.parse_args()
     environment = describe_source(allow_dirty=arguments.allow_dirty)
     config = override(demo(), [f"data.corpus={arguments.corpus}", *arguments.set])
-    corpus = prepare_corpus(
-        arguments.corpus,
-        cache=resolve_cache(arguments.cache),
-        vocabulary_size=config.data.vocabulary_size,
-    )
+    corpus = opened_corpus(config, cache=arguments.cache)
     register()
     variants = {
         "unattached": unattached_step(config, corpus, implementation="grouped_mm"),
         "unattached, sparse experts": unattached_step(
             config, corpus, implementation=IMPLEMENTATION
         ),
-        "attached": attached_step(config, corpus, held_out=True),
-        "attached, no held-out passes": attached_step(config, corpus, held_out=False),
+        "attached": stepper(build_run(config, corpus), held_out=True),
+        "attached, no held-out passes": stepper(build_run(config, corpus), held_out=False),
     }
     seconds = measure(variants, rounds=arguments.rounds, steps=arguments.steps)
     ratios = {

@@ -8,19 +8,20 @@ method.
 
 import argparse
 import json
-import os
-import shutil
-import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import describe_source, write_result
-from drgr.data import prepare_corpus
+from benchmarks.training_runs import (
+    BACKWARD_SHARE,
+    MARGIN,
+    opened_corpus,
+    summarise,
+    trained,
+)
 from drgr.recipes import demo
-from drgr.training import RunConfig, override, resolve_cache
+from drgr.training import RunConfig, override
 
 # Settings that turn the demo recipe into each method. The first one sets the FLOPs for all.
 ERM_ROUTING = (
@@ -44,8 +45,7 @@ METHODS: dict[str, list[str]] = {
         "robustness.losses=validation",
     ],
 }
-# One held-out pass costs a third of a training pass over as many tokens.
-BACKWARD_SHARE = 3
+FIGURES = ("worst_bits_per_byte", "mean_bits_per_byte", "flops")
 
 
 def main() -> None:
@@ -82,19 +82,18 @@ def main() -> None:
             },
             "methods": METHODS,
             "steps_of_first": arguments.steps,
-            "summary": {method: summarise(runs, method) for method in METHODS},
+            "summary": {method: summarise(runs, method, FIGURES) for method in METHODS},
             "runs": runs,
         },
     )
     for method in METHODS:
-        print(method, json.dumps(summarise(runs, method)))
+        print(method, json.dumps(summarise(runs, method, FIGURES)))
     print(arguments.output)
 
 
 def run_method(method: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains one method with one seed as ``drgr train`` does, and returns its key figures."""
     directory = arguments.work / f"{list(METHODS).index(method)}-{seed}"
-    shutil.rmtree(directory, ignore_errors=True)
     settings = [
         *METHODS[method],
         f"data.corpus={arguments.corpus}",
@@ -103,17 +102,9 @@ def run_method(method: str, seed: int, arguments: argparse.Namespace) -> dict[st
         f"training.steps={affordable_steps(method, arguments)}",
         *arguments.set,
     ]
-    command = [sys.executable, "-m", "drgr", "train", "demo", "--run-dir", str(directory)]
-    command += ["--no-report"]
-    for setting in settings:
-        command += ["--set", setting]
-    if arguments.cache:
-        command += ["--cache", arguments.cache]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if result.returncode:
-        return {"failed": result.stderr[-2000:]}
-    record = json.loads((directory / "evaluation.json").read_text())
+    record = trained(directory, settings, cache=arguments.cache)
+    if "failed" in record:
+        return record
     return {
         "steps": record["step"],
         "flops": record["flops"],
@@ -137,9 +128,9 @@ def affordable_steps(method: str, arguments: argparse.Namespace) -> int:
     if "robustness.losses=validation" not in METHODS[method]:
         return int(arguments.steps)
     robustness = base_config(arguments).robustness
-    held_out_windows = robustness.windows * num_domains(arguments)
-    # The frozen price may spend more than the average in a held-out pass; 5 % covers it.
-    update = 1.05 * held_out_windows / (BACKWARD_SHARE * arguments.batch_size)
+    corpus = opened_corpus(base_config(arguments), cache=arguments.cache)
+    held_out_windows = robustness.windows * len(corpus.domains)
+    update = MARGIN * held_out_windows / (BACKWARD_SHARE * arguments.batch_size)
     per_step = update / robustness.every
     affordable = (arguments.steps + per_step * robustness.begin - update) / (1 + per_step)
     return min(int(arguments.steps), int(affordable))
@@ -147,31 +138,6 @@ def affordable_steps(method: str, arguments: argparse.Namespace) -> int:
 
 def base_config(arguments: argparse.Namespace) -> RunConfig:
     return override(demo(), [f"data.corpus={arguments.corpus}", *arguments.set])
-
-
-def num_domains(arguments: argparse.Namespace) -> int:
-    config = base_config(arguments)
-    corpus = prepare_corpus(
-        arguments.corpus,
-        cache=resolve_cache(Path(arguments.cache) if arguments.cache else None),
-        vocabulary_size=config.data.vocabulary_size,
-    )
-    return len(corpus.domains)
-
-
-def summarise(runs: list[dict[str, Any]], method: str) -> dict[str, Any]:
-    """Returns mean and standard deviation over seeds; failed runs are counted, not hidden."""
-    mine = [run for run in runs if run["method"] == method]
-    finished = [run for run in mine if "failed" not in run]
-    summary: dict[str, Any] = {"seeds": len(mine), "failed": len(mine) - len(finished)}
-    for key in ("worst_bits_per_byte", "mean_bits_per_byte", "flops"):
-        values = [run[key] for run in finished]
-        if values:
-            summary[key] = {
-                "mean": statistics.fmean(values),
-                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
-            }
-    return summary
 
 
 if __name__ == "__main__":

@@ -118,7 +118,9 @@ def test_doremi_clips_the_excess_and_smoothes(runs, corpus, tmp_path):
 
 def test_doge_is_the_identity_metric_without_an_adversary(runs, corpus, tmp_path):
     """The step itself is compared with its formula where outer steps are tested."""
-    config = small(runs, "doge", outer__begin=2, outer__every=2)
+    config = small(
+        runs, "doge", outer__begin=2, outer__every=2, robustness__begin=1, robustness__every=2
+    )
     run, _ = trained(runs, corpus, tmp_path, config)
     settings = run.outer.settings
     assert not settings.adam_metric

@@ -7,7 +7,7 @@ import torch
 
 from drgr.bilevel import CG
 from drgr.data import Corpus
-from drgr.errors import ConfigError
+from drgr.errors import ConfigError, NonFiniteLossError
 from drgr.training import build_run
 
 OUTER = {
@@ -29,9 +29,10 @@ def trained(runs: ModuleType, corpus: Corpus, path, **outer):
 
 def step(run, number):
     adversary = run.adversary
-    return run.outer.step(
-        adversary.worst_case, adversary.losses, adversary.weights.adversary, step=number
-    )
+    report = run.outer.step(adversary.worst_case, adversary.losses, adversary.weights, step=number)
+    if run.outer.settings.moves_mixture:
+        adversary.set_mixture(report.mixture)
+    return report
 
 
 def gradients(run, split, number):
@@ -72,7 +73,7 @@ def test_doge_is_the_gradient_step_with_the_identity_metric(runs, corpus, tmp_pa
     """``w_e <- w_e exp(rate lr h <grad l_e, sum_d q_d grad l_d>)``, once a fall was compared."""
     run = trained(runs, corpus, tmp_path, update="gradient", metric="identity", anchor_strength=0.0)
     factors = run.adversary.weights.adversary * run.adversary.unit
-    start = run.outer.mixture.clone()
+    start = run.adversary.weights.sampling.clone()
     expected = [
         reach(run) * gradients(run, "train", n) @ (factors @ gradients(run, "validation", n))
         for n in (7, 8)
@@ -116,11 +117,11 @@ def test_lookahead_predicts_with_the_transfer_matrix(runs, corpus, tmp_path):
     report = step(run, 7)
     weights = run.adversary.weights.adversary
     torch.testing.assert_close(report.gain, weights @ transfer, rtol=1e-3, atol=1e-5)
-    assert torch.equal(report.mixture, run.outer.mixture)
+    assert torch.equal(report.mixture, run.adversary.base_sampling)
     assert report.scale is None
 
     before = run.adversary.losses.clone()
-    predicted = transfer @ run.outer.mixture
+    predicted = transfer @ run.adversary.weights.sampling
     lower(run)
     report = step(run, 7)
     observed = before - run.adversary.losses
@@ -141,11 +142,59 @@ def test_without_gains_the_adversary_decides(runs, corpus, tmp_path, update):
     weights = run.adversary.weights.adversary
     first = step(run, 7)
     assert first.scale is None
-    assert torch.equal(first.mixture, weights)
+    expected = 0.999 * weights + 0.001 / 4
+    torch.testing.assert_close(first.mixture, expected)
     lower(run)
     second = step(run, 8)
     assert second.scale is not None
-    torch.testing.assert_close(second.mixture, weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(second.mixture, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", ["lookahead", "gradient"])
+def test_a_domain_that_the_adversary_drops_is_drawn_a_little(runs, corpus, tmp_path, update):
+    """Weights of chi-square reach 0; the mixture comes back from there."""
+    config = runs.small_config(
+        training__steps=4,
+        robustness__apply_to="nothing",
+        robustness__divergence="chi-square",
+        robustness__penalty=0.01,
+        outer=OUTER | {"update": update, "anchor": "adversary"},
+    )
+    _, run = runs.run_small(config, corpus, tmp_path)
+    assert run.adversary.weights.adversary.min() == 0
+    for number in (7, 8):
+        report = step(run, number)
+        lower(run)
+        assert report.mixture.min() > 0
+        assert report.mixture.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("apply_to", ["nothing", "sampling", "objective"])
+def test_the_inner_loss_counts_domains_as_training_does(
+    runs, corpus, tmp_path, monkeypatch, apply_to
+):
+    """Where the adversary weighs the training, the router's ``J z`` is of that objective."""
+    config = runs.small_config(
+        training__steps=4,
+        robustness__apply_to=apply_to,
+        outer=OUTER | {"variables": ["router"], "update": "gradient"},
+    )
+    _, run = runs.run_small(config, corpus, tmp_path)
+    passes, seen = run.outer.passes, []
+    along = type(passes).along
+    monkeypatch.setattr(type(passes), "along", lambda *a, **k: seen.append(a[3]) or along(*a, **k))
+    step(run, 7)
+    weights = run.adversary.weights
+    expected = run.adversary.base_sampling if apply_to == "nothing" else weights.adversary
+    torch.testing.assert_close(seen, [expected])
+
+
+def test_a_gradient_that_is_not_finite_is_named(runs, corpus, tmp_path):
+    run = trained(runs, corpus, tmp_path)
+    with torch.no_grad():
+        run.outer.passes.inner[0].fill_(torch.nan)
+    with pytest.raises(NonFiniteLossError, match="a gradient of the outer loop is not finite"):
+        step(run, 7)
 
 
 def test_cg_solves_the_damped_gauss_newton_system(runs, corpus, tmp_path):
@@ -159,7 +208,7 @@ def test_cg_solves_the_damped_gauss_newton_system(runs, corpus, tmp_path):
     assert found.status == "converged"
     assert found.residual < 0.015 < rough.residual
     assert found.curvature > 0
-    run.outer.mixture = run.adversary.base_sampling.clone()
+    run.adversary.set_mixture(run.adversary.base_sampling)
     again = step(run, 7)
     assert again.num_hvps < found.num_hvps
 
@@ -264,12 +313,12 @@ def test_routers_are_not_trained_by_the_inner_level(runs, corpus, tmp_path):
 
 def test_a_run_draws_by_its_mixture_and_counts_the_flops(runs, corpus, tmp_path):
     config = runs.small_config(
-        robustness__apply_to="nothing", outer=OUTER | {"begin": 2, "every": 3}
+        robustness__apply_to="nothing", outer=OUTER | {"begin": 2, "every": 4}
     )
     outcome, run = runs.run_small(config, corpus, tmp_path)
     records = runs.read_records(tmp_path)
     steps = [record for record in records if record["kind"] == "outer"]
-    assert [record["step"] for record in steps] == [3, 6, 9, 12]
+    assert [record["step"] for record in steps] == [3, 7, 11]
     assert steps[-1]["mixture"] == pytest.approx(
         dict(zip(corpus.domains, run.adversary.weights.sampling.tolist(), strict=True))
     )
@@ -288,7 +337,10 @@ def test_a_run_draws_by_its_mixture_and_counts_the_flops(runs, corpus, tmp_path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"robustness__apply_to": "sampling"}, "both decide what is drawn"),
+        ({"robustness__apply_to": "sampling"}, "both decide how much each domain counts"),
+        ({"robustness__apply_to": "objective"}, "both decide how much each domain counts"),
+        ({"outer__every": 3}, "a multiple of robustness.every, got 50 and 0, 3 and 2"),
+        ({"robustness__begin": 60}, "at least robustness.begin"),
         ({"outer__solver": {"kind": "cg"}}, "lookahead takes no solver"),
         ({"outer__variables": ["router"]}, "moves the mixture alone"),
         ({"outer__anchor_strength": 0.0}, "must be above 0"),

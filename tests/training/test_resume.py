@@ -31,7 +31,7 @@ VARIANTS = {
         "outer": {"variables": ["mixture"], "begin": 1, "every": 2, "windows": 1},
     },
     "outer-router-cg": {
-        "robustness__apply_to": "objective",
+        "robustness__apply_to": "nothing",
         "routing__link_gates": True,
         "outer": {
             "variables": ["mixture", "router", "link-gates"],

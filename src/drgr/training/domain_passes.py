@@ -12,6 +12,7 @@ from drgr.ambiguity import domain_sums
 from drgr.budgets.flops import FORWARD_PASSES_PER_STEP, FlopModel, forward_flops
 from drgr.collectives import rank, sum_over_processes, world_size
 from drgr.data import Batch, Corpus, draw_batch
+from drgr.errors import NonFiniteLossError
 from drgr.evaluation import token_losses
 from drgr.integrations.transformers import Attachment
 from drgr.routing import LayerRouting
@@ -111,7 +112,7 @@ class DomainPasses:
         total = [wide(torch.zeros_like(tensor)) for tensor in tensors]
         rows = torch.arange(len(batch.domain))
         losses, _ = self._run(batch, rows, factors, total, routes=routes)
-        vector = sum_over_processes(flat(total), self._settings.group)
+        vector = self._summed(total)
         size = sum(tensor.numel() for tensor in self.inner)
         return vector[:size], vector[size:], losses
 
@@ -121,7 +122,7 @@ class DomainPasses:
             rows = (batch.domain == domain).nonzero().flatten()
             total = [wide(torch.zeros_like(tensor)) for tensor in self.inner]
             self._run(batch, rows, torch.ones(self.num_domains), total)
-            yield sum_over_processes(flat(total), self._settings.group)
+            yield self._summed(total)
 
     def losses(self, batch: Batch, *, routes: Routes | None = None) -> Tensor:
         """Returns the mean loss of each domain in nats, shape ``(G,)``, float64, on the CPU."""
@@ -192,7 +193,7 @@ class DomainPasses:
             assignments += _spend(records)
         spent = float(sum_over_processes(assignments, self._settings.group))
         self._count(len(rows), spent, passes=FORWARD_PASSES_PER_STEP + 2)
-        return sum_over_processes(flat(total), self._settings.group)
+        return self._summed(total)
 
     def _run(
         self,
@@ -227,6 +228,16 @@ class DomainPasses:
         passes = FORWARD_PASSES_PER_STEP if total else 1
         self._count(len(rows), float(assignments[0]), passes=passes)
         return (loss_sums / tokens).cpu(), routed
+
+    def _summed(self, total: list[Tensor]) -> Tensor:
+        """Returns gradients of all processes as one vector."""
+        vector = sum_over_processes(flat(total), self._settings.group)
+        if not bool(vector.isfinite().all()):
+            raise NonFiniteLossError(
+                "a gradient of the outer loop is not finite; lower training.learning_rate or "
+                "training.clip_norm, or look for broken text in the validation split"
+            )
+        return vector
 
     def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Returns this process's share of some rows, in parts that fit its memory."""

@@ -268,9 +268,7 @@ def _is_due(settings: RobustnessConfig | OuterConfig, step: int) -> bool:
 def _outer_step(run: RunObjects, outer: OuterLoop, state: LoopState, reporter: _Reporter) -> float:
     """Moves the outer variables; returns the FLOPs of it."""
     adversary = run.adversary
-    report = outer.step(
-        adversary.worst_case, adversary.losses, adversary.weights.adversary, step=state.step
-    )
+    report = outer.step(adversary.worst_case, adversary.losses, adversary.weights, step=state.step)
     if outer.settings.moves_mixture:
         adversary.set_mixture(report.mixture)
     state.outer_flops += report.flops

@@ -69,7 +69,7 @@ class OuterConfig(BaseModel):
     """Sequences of each domain, held-out and training ones, at an outer step."""
     update: Literal["gradient", "lookahead"] = "lookahead"
     """How the mixture moves: by a mirror step along the hypergradient, or to the mixture whose
-    predicted losses have the least worst case."""
+    predicted losses have the least worst case, which holds two gradients a domain in memory."""
     metric: Literal["identity", "adam"] = "adam"
     """What stands for the optimizer in the inner level's response."""
     solver: SolverConfig = NoSolverConfig()

@@ -1,4 +1,4 @@
-r"""The outer loop: hypergradients of held-out losses move the mixture and the router.
+r"""The outer loop: hypergradients of held-out losses move the mixture, routers and link gates.
 
 With ``F`` the worst case of the held-out losses, ``g = sum_e w_e l_e`` the training loss at the
 mixture ``w``, ``b = grad_y F`` and ``D`` the metric of the optimizer (Adam's root second moment, or
@@ -15,7 +15,7 @@ indefinite at every useful horizon, so that its Gauss-Newton matrix stands in by
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
 
@@ -26,10 +26,15 @@ from drgr.ambiguity import WorstCase
 from drgr.bilevel import LinearSolver, LinearSystem, SolveStatus, adam_diagonal
 from drgr.data import Batch
 from drgr.routing import GateGroup, LinkGates
+from drgr.training.adversary import DomainWeights
 from drgr.training.domain_passes import DomainPasses, Routes
+from drgr.training.gain_estimates import Calibration, GainAverage
 from drgr.training.mixture import entropic_step, lookahead_mixture
 
 _UNUSABLE = (SolveStatus.NEGATIVE_CURVATURE, SolveStatus.DIVERGED, SolveStatus.NON_FINITE)
+# Share of the uniform distribution in an anchor that the adversary sets: a mixture cannot come back
+# from a share of 0, and what is never drawn shows no gain.
+_EXPLORED = 1e-3
 # Least entry of Adam's metric as a share of the mean: a damping that is nowhere 0.
 _FLOOR = 0.01
 
@@ -137,7 +142,6 @@ class OuterLoop:
         inner_optimizer: The optimizer of the inner level, for its metric and learning rate.
         outer_optimizer: Steps the router's weights; None if they are no outer variable.
         gate_steps: Steps the link gates; None if they are no outer variable.
-        mixture: First mixture, shape ``(G,)``, float64.
     """
 
     def __init__(
@@ -148,33 +152,38 @@ class OuterLoop:
         inner_optimizer: torch.optim.Optimizer,
         outer_optimizer: torch.optim.Optimizer | None,
         gate_steps: GateSteps | None = None,
-        mixture: Tensor,
     ) -> None:
         self.settings, self.passes = settings, passes
         self._inner_optimizer, self._outer_optimizer = inner_optimizer, outer_optimizer
         self._gate_steps = gate_steps
-        self.mixture = mixture.clone()
-        self._gains = _Average(settings.smoothing)
-        self._calibration = _Calibration(settings.smoothing)
+        self._gains = GainAverage(settings.smoothing)
+        self._calibration = Calibration(settings.smoothing)
         self._warm: Tensor | None = None
 
     def step(
-        self, risk: Callable[[Tensor], WorstCase], losses: Tensor, weights: Tensor, *, step: int
+        self,
+        risk: Callable[[Tensor], WorstCase],
+        losses: Tensor,
+        weights: DomainWeights,
+        *,
+        step: int,
     ) -> OuterReport:
-        """Moves the outer variables.
+        """Moves the outer variables of the model, and says how the mixture is to move.
 
         Args:
             risk: The worst case as a function of losses by domain, shape ``(G,)``.
             losses: The adversary's estimates, in its unit, shape ``(G,)``.
-            weights: Its weights ``q``, shape ``(G,)``.
+            weights: Its weights, and what is drawn and counts by them.
             step: Steps taken by now; determines the batches.
+
+        Raises:
+            NonFiniteLossError: If a gradient is not finite.
         """
         spent = self.passes.flops
         if self.settings.lookahead:
             report = self._look_ahead(risk, losses, weights, step)
         else:
             report = self._descend(risk(losses).value, weights, step)
-        self.mixture = report.mixture
         report.flops = self.passes.flops - spent
         return report
 
@@ -182,7 +191,6 @@ class OuterLoop:
         """Returns the outer variables that are not the model's, and the estimates."""
         outer = self._outer_optimizer
         return {
-            "mixture": self.mixture.clone(),
             "gains": self._gains.state_dict(),
             "calibration": self._calibration.state_dict(),
             "warm": None if self._warm is None else self._warm.clone(),
@@ -191,20 +199,24 @@ class OuterLoop:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores :meth:`state_dict`, bit for bit."""
-        self.mixture = state["mixture"].clone()
         self._gains.load_state_dict(state["gains"])
         self._calibration.load_state_dict(state["calibration"])
         self._warm = state["warm"]
         if self._outer_optimizer is not None:
             self._outer_optimizer.load_state_dict(state["optimizer"])
 
-    def _anchor(self, weights: Tensor) -> Tensor:
-        return weights if self.settings.anchor is None else self.settings.anchor
+    def _anchor(self, weights: DomainWeights) -> Tensor:
+        """Returns the mixture to stay close to; all of its shares are above 0."""
+        if self.settings.anchor is not None:
+            return self.settings.anchor
+        share = _EXPLORED / len(weights.adversary)
+        return (1 - _EXPLORED) * weights.adversary + share
 
-    def _report(self, weights: Tensor, gain: Tensor) -> OuterReport:
+    def _report(self, weights: DomainWeights, gain: Tensor) -> OuterReport:
         """Returns what is the case as long as nothing is known of gains."""
         follows = self.settings.moves_mixture and self.settings.anchor is None
-        return OuterReport(mixture=weights if follows else self.mixture, gain=gain)
+        mixture = self._anchor(weights) if follows else weights.sampling
+        return OuterReport(mixture=mixture, gain=gain)
 
     def _response(self, squares: Tensor) -> Tensor:
         """Returns the inverse of ``D / (learning_rate * horizon)``, shape ``(d_y,)``.
@@ -227,7 +239,7 @@ class OuterLoop:
         self,
         risk: Callable[[Tensor], WorstCase],
         losses: Tensor,
-        weights: Tensor,
+        weights: DomainWeights,
         step: int,
     ) -> OuterReport:
         """Takes the mixture whose losses after the horizon are predicted to be best."""
@@ -238,7 +250,7 @@ class OuterLoop:
         fresh = torch.stack([response @ slope for slope in held_out])
         gains = self._gains.updated(settings.unit.unsqueeze(1) * fresh.double().cpu())
         scale = self._calibration.updated(losses)
-        report = self._report(weights, weights @ gains)
+        report = self._report(weights, weights.adversary @ gains)
         report.scale = scale
         if scale is not None:
             report.gain *= scale
@@ -253,20 +265,21 @@ class OuterLoop:
         self._calibration.predict(gains @ report.mixture, losses)
         return report
 
-    def _descend(self, value: Tensor, weights: Tensor, step: int) -> OuterReport:
+    def _descend(self, value: Tensor, weights: DomainWeights, step: int) -> OuterReport:
         """Takes a step along the hypergradient."""
         passes, settings = self.passes, self.settings
-        slope, direct, _ = passes.gradient(passes.draw("validation", step), weights * settings.unit)
-        report = self._report(weights, torch.zeros_like(weights))
+        factors = weights.adversary * settings.unit
+        slope, direct, _ = passes.gradient(passes.draw("validation", step), factors)
+        report = self._report(weights, torch.zeros_like(factors))
         root = self._response(slope.square()).sqrt()
         batch = passes.draw("train", step)
         routes = passes.routes(batch)
-        product = partial(self._product, batch, routes)
+        product = partial(self._product, batch, routes, weights.shares)
         direction = self._solve(slope, root, product, report)
         change = passes.along(
             batch,
             direction,
-            self.mixture,
+            weights.shares,
             routes=routes,
             with_gradients=bool(passes.outer),
         )
@@ -275,7 +288,7 @@ class OuterLoop:
         if settings.moves_mixture and report.scale is not None:
             report.gain = report.scale * gain
             report.mixture = entropic_step(
-                self.mixture,
+                weights.sampling,
                 report.gain,
                 rate=settings.rate,
                 anchor=self._anchor(weights),
@@ -288,12 +301,12 @@ class OuterLoop:
             report.links_closed = self._move_outer(hypergradient)
         return report
 
-    def _product(self, batch: Batch, routes: Routes, vector: Tensor) -> Tensor:
+    def _product(self, batch: Batch, routes: Routes, shares: Tensor, vector: Tensor) -> Tensor:
         """Returns the product of the curvature of ``g`` with a vector."""
         passes = self.passes
         if self.settings.gauss_newton:
-            return passes.gauss_newton(batch, vector, self.mixture, routes=routes)
-        change = passes.along(batch, vector, self.mixture, routes=routes, with_gradients=True)
+            return passes.gauss_newton(batch, vector, shares, routes=routes)
+        change = passes.along(batch, vector, shares, routes=routes, with_gradients=True)
         assert change.inner is not None
         return change.inner
 
@@ -340,57 +353,3 @@ class OuterLoop:
             self._outer_optimizer.step()
             self._outer_optimizer.zero_grad(set_to_none=True)
         return closed
-
-
-@dataclass(slots=True)
-class _Average:
-    """A mean with exponentially falling weights that starts without bias."""
-
-    smoothing: float
-    total: Tensor | None = None
-    weight: float = 0.0
-
-    def updated(self, value: Tensor) -> Tensor:
-        before = torch.zeros_like(value) if self.total is None else self.total
-        self.total = self.smoothing * before + value
-        self.weight = self.smoothing * self.weight + 1
-        return self.total / self.weight
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total, "weight": self.weight}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total, self.weight = state["total"], state["weight"]
-
-
-@dataclass(slots=True)
-class _Calibration:
-    """Least-squares factor from predicted to observed falls of losses."""
-
-    smoothing: float
-    products: float = field(default=0.0)
-    squares: float = field(default=0.0)
-    predicted: Tensor | None = None
-    before: Tensor | None = None
-
-    def updated(self, losses: Tensor) -> float | None:
-        """Compares the last prediction with what came; returns the factor, not below 0.
-
-        None before the first comparison.
-        """
-        if self.predicted is not None and self.before is not None:
-            observed = self.before - losses
-            self.products = self.smoothing * self.products + float(observed @ self.predicted)
-            self.squares = self.smoothing * self.squares + float(self.predicted @ self.predicted)
-        return max(self.products, 0.0) / self.squares if self.squares > 0 else None
-
-    def predict(self, fall: Tensor, losses: Tensor) -> None:
-        """Keeps a prediction for the next comparison."""
-        self.predicted, self.before = fall, losses
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.__slots__:
-            setattr(self, name, state[name])

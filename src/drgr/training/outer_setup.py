@@ -12,7 +12,7 @@ from drgr.errors import ConfigError
 from drgr.integrations.transformers import Attachment, find_sites
 from drgr.routing import LinkGates
 from drgr.training.adversary import DomainAdversary
-from drgr.training.config import RunConfig
+from drgr.training.config import RobustnessConfig, RunConfig
 from drgr.training.domain_passes import DomainPasses
 from drgr.training.outer_config import (
     CGConfig,
@@ -30,14 +30,12 @@ def check_outer(config: RunConfig) -> None:
     """Checks what only shows when settings meet each other.
 
     Raises:
-        ConfigError: If two settings want the sampling, or a solver has nothing to solve.
+        ConfigError: If two settings want to weigh the domains, losses are measured too rarely for
+            the outer steps, a solver has nothing to solve, or there are no gates to move.
     """
     outer = config.outer
-    if "mixture" in outer.variables and config.robustness.apply_to == "sampling":
-        raise ConfigError(
-            "outer.variables has the mixture, but robustness.apply_to is sampling: both decide "
-            "what is drawn; set robustness.apply_to to nothing"
-        )
+    if "mixture" in outer.variables:
+        _check_mixture(outer, config.robustness)
     looks_ahead = outer.update == "lookahead"
     if looks_ahead and outer.solver.kind != "none":
         raise ConfigError(
@@ -57,6 +55,21 @@ def check_outer(config: RunConfig) -> None:
         raise ConfigError(
             "outer.anchor_strength must be above 0 with outer.update lookahead, got 0; "
             "0.01 is nearly none"
+        )
+
+
+def _check_mixture(outer: OuterConfig, robustness: RobustnessConfig) -> None:
+    if robustness.apply_to != "nothing":
+        raise ConfigError(
+            f"outer.variables has the mixture, but robustness.apply_to is {robustness.apply_to}: "
+            "both decide how much each domain counts; set robustness.apply_to to nothing"
+        )
+    is_compared = outer.begin >= robustness.begin and outer.every % robustness.every == 0
+    if robustness.losses == "validation" and not is_compared:
+        raise ConfigError(
+            "outer steps compare predicted falls with those of the adversary's losses: outer.begin "
+            "must be at least robustness.begin and outer.every a multiple of robustness.every, got "
+            f"{outer.begin} and {robustness.begin}, {outer.every} and {robustness.every}"
         )
 
 
@@ -128,7 +141,6 @@ def build_outer(
         inner_optimizer=optimizer,
         outer_optimizer=(torch.optim.Adam(routers, lr=settings.learning_rate) if routers else None),
         gate_steps=None if gates is None else _gate_steps(settings.gates, gates),
-        mixture=base,
     )
 
 
