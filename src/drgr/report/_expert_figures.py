@@ -1,11 +1,13 @@
 """Charts of experts: load by layer, which domain uses which, and balance over training."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import plotly.graph_objects as go
 
 from drgr.report._charts import Chart
 from drgr.report._html import number
+from drgr.report._layer_figures import Rows, layer_curves, layer_maps
 from drgr.report._maps import (
     colour_bar,
     doublings,
@@ -17,15 +19,13 @@ from drgr.report._maps import (
     reach,
     relative,
 )
-from drgr.report._records import Counts, LayerEvaluation, RunRecord
+from drgr.report._records import Counts, RunRecord
 from drgr.report._style import (
     DIVERGING,
     SEQUENTIAL,
     SeriesStyle,
-    add_curve,
     empty_figure,
     layer_labels,
-    layer_styles,
     plain,
     rounded,
 )
@@ -70,52 +70,32 @@ def load_map(run: RunRecord) -> Chart:
 
 def domain_maps(run: RunRecord, summary: RunSummary, styles: Mapping[str, SeriesStyle]) -> Chart:
     """Draws, for a selectable layer, the share of each domain's assignments by expert."""
-    layers = run.evaluation.layers if run.evaluation is not None else ()
-    layers = tuple(layer for layer in layers if any(layer.domain_load.values()))
-    order = [domain.name for domain in summary.domains]
-    figure = empty_figure(x_title="expert", y_title="", height=map_height(len(order), per_row=34))
-    for index, layer in enumerate(layers):
-        _add_domain_map(figure, layer, order=order, styles=styles, index=index)
-    finish_map(figure)
-    labels = layer_labels([layer.name for layer in layers])
-    return Chart(
+    return layer_maps(
+        run,
+        summary,
+        lambda layer, order: {
+            name: layer.domain_load[name] for name in order if name in layer.domain_load
+        },
+        partial(_add_domain_map, styles=styles),
         kind="domain-map",
         scale="Colour: share of the domain's assignments",
         title="Which experts each domain uses",
         caption="Each row sums to 100 %: the share of the domain's assignments that an expert "
         "gets. Equal rows mean no specialisation.",
-        figure=figure if layers else None,
-        choices=tuple(labels[layer.name] for layer in layers),
     )
 
 
 def violation_curves(run: RunRecord) -> Chart:
     """Draws MaxVio, the relative excess of the busiest expert, by layer over training."""
-    names = tuple(dict.fromkeys(layer.name for record in run.train for layer in record.layers))
-    styles = layer_styles(names)
-    figure = empty_figure(x_title="training step", y_title="MaxVio")
-    figure.update_layout(hovermode="x unified")
-    drawn = [
-        add_curve(
-            figure,
-            [
-                (record.step, layer.max_violation)
-                for record in run.train
-                for layer in record.layers
-                if layer.name == name
-            ],
-            style=style,
-        )
-        for name, style in styles.items()
-    ]
-    figure.update_yaxes(rangemode="tozero")
-    return Chart(
+    return layer_curves(
+        run,
+        lambda layer: layer.max_violation,
         kind="violation",
         title="Imbalance of each layer during training (MaxVio)",
         caption="Load of the busiest expert over the layer's mean, minus one: 0 is perfect "
         "balance.",
-        figure=figure if any(drawn) else None,
-        legend=tuple(styles.values()),
+        y_title="MaxVio",
+        from_zero=True,
     )
 
 
@@ -132,14 +112,8 @@ def _final_loads(run: RunRecord) -> tuple[dict[str, Counts], str]:
 
 
 def _add_domain_map(
-    figure: go.Figure,
-    layer: LayerEvaluation,
-    *,
-    order: Sequence[str],
-    styles: Mapping[str, SeriesStyle],
-    index: int,
+    figure: go.Figure, rows: Rows, index: int, *, styles: Mapping[str, SeriesStyle]
 ) -> None:
-    rows = {name: layer.domain_load[name] for name in order if name in layer.domain_load}
     shares = [_shares(counts) for counts in rows.values()]
     figure.add_heatmap(
         z=[rounded(row) for row in shares],

@@ -5,16 +5,14 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from drgr._checks import check_positive, check_share
-from drgr.routing.controllers import check_state
-from drgr.routing.plan import LayerRouting
-from drgr.routing.targets import StepLoad
+from drgr.routing.load_controller import LoadController
+from drgr.routing.targets import LoadError
 
 
 @final
-class CongestionPrice:
+class CongestionPrice(LoadController):
     r"""Sets prices in proportion to the load error: a proportional controller.
 
     .. math:: \beta_e \leftarrow \lambda\,\beta_e
@@ -52,37 +50,15 @@ class CongestionPrice:
         target: Sequence[float] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        super().__init__(num_experts, target=target, device=device)
         check_positive("strength", strength)
         check_share("smoothing", smoothing)
         self._strength = strength
         self._smoothing = smoothing
-        self._prices = torch.zeros(num_experts, device=device)
-        self._load = StepLoad(num_experts, target=target, device=device)
 
-    @property
-    def prices(self) -> Tensor:
-        """Current prices, shape ``(E,)``."""
-        return self._prices
-
-    def observe(self, routing: LayerRouting) -> None:
-        """Adds a micro-batch's load to the counts of the step."""
-        self._load.observe(routing)
-
-    def update(self, group: ProcessGroup | None = None) -> None:
-        """Moves the prices towards those of the summed counts; no assignments leave them."""
-        load = self._load.take(group)
+    def _moved(self, load: LoadError) -> Tensor:
+        """Moves towards the prices of such a load; no assignments leave them."""
         if int(load.total) == 0:
-            return
+            return self._prices
         wanted = (self._strength * load.error).to(self._prices.dtype)
-        prices = self._smoothing * self._prices + (1 - self._smoothing) * wanted
-        self._prices = prices - prices.mean()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the prices."""
-        return {"prices": self._prices.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the prices and forgets what was observed."""
-        check_state(self, state, "prices")
-        self._prices = state["prices"].to(self._prices)
-        self._load.forget()
+        return self._smoothing * self._prices + (1 - self._smoothing) * wanted

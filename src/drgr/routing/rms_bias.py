@@ -5,16 +5,14 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from drgr._checks import check_positive
-from drgr.routing.controllers import check_state
-from drgr.routing.plan import LayerRouting
-from drgr.routing.targets import StepLoad
+from drgr.routing.load_controller import LoadController
+from drgr.routing.targets import LoadError
 
 
 @final
-class RmsBias:
+class RmsBias(LoadController):
     r"""Moves prices along the load error, scaled to a fixed root mean square.
 
     .. math:: \beta \leftarrow \beta + u\,\frac{c - \bar c}{\mathrm{rms}(c - \bar c)}, \qquad
@@ -45,35 +43,12 @@ class RmsBias:
         target: Sequence[float] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        super().__init__(num_experts, target=target, device=device)
         check_positive("step_size", step_size)
         self._step_size = step_size
-        self._prices = torch.zeros(num_experts, device=device)
-        self._load = StepLoad(num_experts, target=target, device=device)
 
-    @property
-    def prices(self) -> Tensor:
-        """Current prices, shape ``(E,)``."""
-        return self._prices
-
-    def observe(self, routing: LayerRouting) -> None:
-        """Adds a micro-batch's load to the counts of the step."""
-        self._load.observe(routing)
-
-    def update(self, group: ProcessGroup | None = None) -> None:
-        """Takes one normalised step on the summed counts."""
-        error = self._load.take(group).error
-        scale = error.square().mean().sqrt()
-        direction = torch.where(scale > 0, error / scale, 0.0).to(self._prices.dtype)
-        # The error sums to zero but for rounding, which would add up over steps.
-        prices = self._prices + self._step_size * direction
-        self._prices = prices - prices.mean()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the prices."""
-        return {"prices": self._prices.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the prices and forgets what was observed."""
-        check_state(self, state, "prices")
-        self._prices = state["prices"].to(self._prices)
-        self._load.forget()
+    def _moved(self, load: LoadError) -> Tensor:
+        """Takes one normalised step."""
+        scale = load.error.square().mean().sqrt()
+        direction = torch.where(scale > 0, load.error / scale, 0.0).to(self._prices.dtype)
+        return self._prices + self._step_size * direction

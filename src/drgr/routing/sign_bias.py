@@ -5,16 +5,14 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from drgr._checks import check_positive
-from drgr.routing.controllers import check_state
-from drgr.routing.plan import LayerRouting
-from drgr.routing.targets import StepLoad
+from drgr.routing.load_controller import LoadController
+from drgr.routing.targets import LoadError
 
 
 @final
-class SignBias:
+class SignBias(LoadController):
     r"""Raises the price of experts above the mean load by a fixed step, and lowers the others.
 
     .. math:: \beta_e \leftarrow \beta_e + u\,\mathrm{sign}(c_e - \bar c), \qquad
@@ -46,32 +44,10 @@ class SignBias:
         target: Sequence[float] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        super().__init__(num_experts, target=target, device=device)
         check_positive("step_size", step_size)
         self._step_size = step_size
-        self._prices = torch.zeros(num_experts, device=device)
-        self._load = StepLoad(num_experts, target=target, device=device)
 
-    @property
-    def prices(self) -> Tensor:
-        """Current prices, shape ``(E,)``."""
-        return self._prices
-
-    def observe(self, routing: LayerRouting) -> None:
-        """Adds a micro-batch's load to the counts of the step."""
-        self._load.observe(routing)
-
-    def update(self, group: ProcessGroup | None = None) -> None:
-        """Takes one sign step on the summed counts."""
-        error = self._load.take(group).error
-        self._prices = self._prices + self._step_size * torch.sign(error).to(self._prices.dtype)
-        self._prices -= self._prices.mean()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the prices."""
-        return {"prices": self._prices.clone()}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores the prices and forgets what was observed."""
-        check_state(self, state, "prices")
-        self._prices = state["prices"].to(self._prices)
-        self._load.forget()
+    def _moved(self, load: LoadError) -> Tensor:
+        """Takes one sign step."""
+        return self._prices + self._step_size * torch.sign(load.error).to(self._prices.dtype)

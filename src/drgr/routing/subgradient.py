@@ -5,16 +5,14 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from drgr._checks import check_positive
-from drgr.routing.controllers import check_state
-from drgr.routing.plan import LayerRouting
-from drgr.routing.targets import StepLoad
+from drgr.routing.load_controller import LoadController
+from drgr.routing.targets import LoadError
 
 
 @final
-class DecayingSubgradient:
+class DecayingSubgradient(LoadController):
     r"""Moves prices along the load error by steps that shrink with the number of updates.
 
     .. math:: \beta_e \leftarrow \beta_e + \eta_n \left(\frac{c_e}{\bar c} - 1\right), \qquad
@@ -52,41 +50,27 @@ class DecayingSubgradient:
         target: Sequence[float] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        super().__init__(num_experts, target=target, device=device)
         check_positive("step_size", step_size)
         if not 0 <= decay <= 1:
             raise ValueError(f"decay must lie in [0, 1], got {decay}")
         self._step_size = step_size
         self._decay = decay
-        self._prices = torch.zeros(num_experts, device=device)
         self._num_updates = torch.zeros((), dtype=torch.int64, device=device)
-        self._load = StepLoad(num_experts, target=target, device=device)
-
-    @property
-    def prices(self) -> Tensor:
-        """Current prices, shape ``(E,)``."""
-        return self._prices
-
-    def observe(self, routing: LayerRouting) -> None:
-        """Adds a micro-batch's load to the counts of the step."""
-        self._load.observe(routing)
-
-    def update(self, group: ProcessGroup | None = None) -> None:
-        """Takes one step on the summed counts; a step without assignments does not count."""
-        load = self._load.take(group)
-        if int(load.total) == 0:
-            return
-        self._num_updates = self._num_updates + 1
-        step = self._step_size * self._num_updates.double() ** -self._decay
-        prices = self._prices + (step * load.error).to(self._prices.dtype)
-        self._prices = prices - prices.mean()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the prices and the number of updates."""
-        return {"prices": self._prices.clone(), "num_updates": self._num_updates.clone()}
+        return super().state_dict() | {"num_updates": self._num_updates.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores prices and number of updates, and forgets what was observed."""
-        check_state(self, state, "prices", "num_updates")
-        self._prices = state["prices"].to(self._prices)
+        super().load_state_dict(state)
         self._num_updates = state["num_updates"].to(self._num_updates)
-        self._load.forget()
+
+    def _moved(self, load: LoadError) -> Tensor:
+        """Takes one step; a step without assignments does not count."""
+        if int(load.total) == 0:
+            return self._prices
+        self._num_updates = self._num_updates + 1
+        step = self._step_size * self._num_updates.double() ** -self._decay
+        return self._prices + (step * load.error).to(self._prices.dtype)
