@@ -61,7 +61,7 @@ def test_the_loop_of_the_readme_runs(build_family):
     optimizer = torch.optim.AdamW(model.parameters())
     names = {"model": model, "ids": ids, "optimizer": optimizer}
     exec(compile(code, "README.md", "exec"), names)
-    assert all(policy.batch_price.value is not None for policy in names["routing"].policies)
+    assert all(policy.selector.price is not None for policy in names["routing"].policies)
 
 
 def test_the_numerics_of_the_readme_run():

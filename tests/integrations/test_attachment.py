@@ -259,7 +259,7 @@ def test_state_round_trip(build_family):
     other.load_state_dict(attachment.state_dict())
     for mine, theirs in zip(attachment.policies, other.policies, strict=True):
         assert torch.equal(mine.controller.prices, theirs.controller.prices)
-        assert torch.equal(mine.batch_price.value, theirs.batch_price.value)
+        assert torch.equal(mine.selector.price, theirs.selector.price)
     with pytest.raises(ValueError, match="belongs to another model"):
         other.load_state_dict({"x": {}})
 

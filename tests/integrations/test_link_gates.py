@@ -282,7 +282,7 @@ def test_controllers_bear_closed_links(build_family):
     train_steps(model, attachment, 4)
     for policy in attachment.policies:
         assert torch.isfinite(policy.controller.prices).all()
-        assert policy.batch_price.value is not None
+        assert policy.selector.price is not None
 
 
 def test_state_is_saved_beside_the_prices(build_family, tmp_path):
@@ -296,9 +296,7 @@ def test_state_is_saved_beside_the_prices(build_family, tmp_path):
     other.load(tmp_path)
     assert torch.equal(restored.values, gates.values)
     assert torch.equal(restored.is_open, gates.is_open)
-    assert torch.equal(
-        other.policies[1].batch_price.value, attachment.policies[1].batch_price.value
-    )
+    assert torch.equal(other.policies[1].selector.price, attachment.policies[1].selector.price)
     plain = attach(build_family("olmoe"), budget=BUDGET)
     with pytest.raises(ValueError, match="has link gates, but the model was attached without"):
         plain.load(tmp_path)

@@ -8,19 +8,19 @@ import torch
 from drgr.budgets import TokenBudget, select_at_price, select_exactly
 from drgr.collectives import rank
 from drgr.routing import (
-    BatchPrice,
     NoPrices,
     QuantileBalancing,
     RoutingPolicy,
     SignBias,
     expert_load,
 )
+from drgr.routing.selection import BudgetedSelector
 
 BUDGET = TokenBudget(minimum=1, maximum=4, average=2.3)
 
 
 def policy_with(controller, **options):
-    return RoutingPolicy(budget=BUDGET, controller=controller, batch_price=BatchPrice(**options))
+    return RoutingPolicy(controller=controller, selector=BudgetedSelector(BUDGET, **options))
 
 
 def train(policy, route, batches):
@@ -49,23 +49,23 @@ def test_training_selects_exactly_and_evaluation_at_the_learned_price(route):
     policy = policy_with(NoPrices(6))
     values, valid = torch.rand(20, 6), torch.rand(20) < 0.8
     for mask in (None, valid):
-        exact = policy.select(values, valid=mask, exact=True)
+        exact = policy.select(values, scores=values, valid=mask, exact=True)
         assert_same_selection(exact, select_exactly(values, BUDGET, valid=mask))
-        unlearned = policy.select(values, valid=mask, exact=False)
+        unlearned = policy.select(values, scores=values, valid=mask, exact=False)
         assert_same_selection(unlearned, select_at_price(values, BUDGET, price=None, valid=mask))
     train(policy, route, [torch.rand(20, 6)])
-    price = policy.batch_price.value
-    frozen = policy.select(values, valid=valid, exact=False)
+    price = policy.selector.price
+    frozen = policy.select(values, scores=values, valid=valid, exact=False)
     assert_same_selection(frozen, select_at_price(values, BUDGET, price=price, valid=valid))
 
 
 def test_selecting_moves_no_price():
     policy = policy_with(QuantileBalancing(6))
     for exact in (True, False):
-        policy.select(torch.rand(20, 6), valid=None, exact=exact)
+        policy.select(torch.rand(20, 6), scores=torch.rand(20, 6), valid=None, exact=exact)
     policy.update()
     assert policy.controller.prices.tolist() == [0.0] * 6
-    assert policy.batch_price.value is None
+    assert policy.selector.price is None
 
 
 @pytest.mark.parametrize("controller", [NoPrices, SignBias, QuantileBalancing])
@@ -74,7 +74,7 @@ def test_the_learned_price_keeps_to_the_average_on_new_tokens(route, controller)
     policy = policy_with(controller(8))
     train(policy, route, torch.rand(30, 512, 8, generator=generator))
     values = policy.price_scores(torch.rand(16384, 8, generator=generator))
-    selection = policy.select(values, valid=None, exact=False)
+    selection = policy.select(values, scores=values, valid=None, exact=False)
     assert float(selection.spend) / 16384 == pytest.approx(BUDGET.average, rel=0.03)
     # A price for the whole is what lets tokens differ.
     assert len(selection.keep.sum(dim=1).unique()) == 4
@@ -86,7 +86,7 @@ def test_state_round_trip(route, controller):
     train(policy, route, torch.rand(3, 20, 6))
     other.load_state_dict(policy.state_dict())
     assert torch.equal(other.controller.prices, policy.controller.prices)
-    assert torch.equal(other.batch_price.value, policy.batch_price.value)
+    assert torch.equal(other.selector.price, policy.selector.price)
     assert policy.controller.prices.any() == (controller is not NoPrices)
 
 
@@ -111,7 +111,7 @@ def learn_from_shares(shares):
             for record in micro_batches[rank()]:
                 policy.observe(record)
             policy.update()
-        results.append((policy.controller.prices, policy.batch_price.value))
+        results.append((policy.controller.prices, policy.selector.price))
     return results
 
 
@@ -128,7 +128,7 @@ def test_processes_that_share_a_batch_learn_the_prices_of_one(route, run_process
             policy.update()
             steps.append([[rows(whole, 0, cut)], [rows(whole, cut, 30)]])
         shares.append(steps)
-        expected.append((policy.controller.prices, policy.batch_price.value))
+        expected.append((policy.controller.prices, policy.selector.price))
     for results in run_processes(learn_from_shares, 2, shares):
         for (prices, price), (own_prices, own_price) in zip(expected, results, strict=True):
             assert torch.equal(own_prices, prices)

@@ -27,6 +27,8 @@ ALTERNATIVES = [
     parse_config({"routing": {"controller": {"kind": "bip"}}}),
     parse_config({"routing": {"controller": {"kind": "sinkhorn"}}}),
     parse_config({"routing": {"controller": {"kind": "selective-sinkhorn"}}}),
+    parse_config({"routing": {"scores": {"kind": "softmax"}}}),
+    parse_config({"routing": {"scores": {"kind": "sigmoid"}}}),
     parse_config({"outer": {"solver": {"kind": "cg"}}}),
     parse_config({"outer": {"solver": {"kind": "neumann"}}}),
 ]
@@ -51,6 +53,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.budget.minimum": 2,
     "routing.budget.maximum": 8,
     "routing.budget.average": 2.5,
+    "routing.scores.kind": "sigmoid",
     "routing.controller.kind": "none",
     "routing.controller.smoothing": 0.5,
     "routing.controller.target": [1.0, 2.0],

@@ -1,9 +1,12 @@
 """Routing as one priced assignment: experts with the largest score less price, inside a budget.
 
-Reading order: ``plan`` (the records), ``policy`` (scores, prices, selection joined for one layer),
-``controllers`` (the interface that moves prices), ``traffic`` (what flows backward), ``link_gates``
-(which links are open), then one file for each controller; ``losses`` and ``diagnostics`` have
-one file for each loss and measure, over ``tokens`` (means over real tokens and processes).
+Three interfaces make a router: ``scores`` (what an expert suits a token), ``controllers`` (what an
+expert costs) and ``selection`` (which of a token's experts run); one file for each method.
+
+Reading order: ``plan`` (the records), ``policy`` (prices and selection of one layer), ``traffic``
+(what flows backward), ``link_gates`` (which links are open), then the methods. ``losses`` and
+``diagnostics`` have one file for each loss and measure, over ``tokens`` (means over real tokens and
+processes).
 """
 
 from drgr.routing.batch_price import BatchPrice
@@ -73,6 +76,7 @@ from drgr.routing.losses import (
     tsallis_entropy_loss,
     tsallis_term,
 )
+from drgr.routing.place import LayerPlace
 from drgr.routing.plan import LayerRouting, RoutingPlan
 from drgr.routing.policy import ControllerFactory, RoutingPolicy
 from drgr.routing.quantile import QuantileBalancing
@@ -104,6 +108,7 @@ __all__ = [
     "GateGroup",
     "GateStep",
     "LayerGates",
+    "LayerPlace",
     "LayerRouting",
     "LinkGates",
     "LossInputs",

@@ -38,6 +38,9 @@ class LayerRouting:
         valid: Which tokens are real, shape ``(T,)``, bool; ``None`` where all are.
         source: Source of each token, shape ``(T,)``, int64; ``None`` where it is not known.
         gates: Gates of the layer's links; ``None`` where it has none.
+        logits: Router logits that the scores follow from, shape ``(T, E)``, with gradient.
+        sequence_length: Tokens of each sequence, padding included; ``None`` where not known.
+        hidden: What the router saw, shape ``(T, D)``, detached; ``None`` unless a scorer observes.
     """
 
     name: str
@@ -48,3 +51,6 @@ class LayerRouting:
     valid: Tensor | None
     source: Tensor | None = None
     gates: LayerGates | None = None
+    logits: Tensor | None = None
+    sequence_length: int | None = None
+    hidden: Tensor | None = None

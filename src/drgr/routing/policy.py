@@ -1,4 +1,4 @@
-"""One MoE layer's routing: scores less prices, selected inside a budget."""
+"""One MoE layer's routing after its scores: prices, then a selection."""
 
 from collections.abc import Callable, Mapping
 from typing import final
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from drgr.budgets import Selection, TokenBudget, select_at_price, select_exactly
-from drgr.routing.batch_price import BatchPrice
+from drgr.budgets import Selection
 from drgr.routing.controllers import PriceController
 from drgr.routing.plan import LayerRouting
+from drgr.routing.selection import SelectionInputs, Selector
 
 ControllerFactory = Callable[[int, torch.device], PriceController]
 """Builds a controller for a number of experts on a device."""
@@ -18,63 +18,70 @@ ControllerFactory = Callable[[int, torch.device], PriceController]
 
 @final
 class RoutingPolicy:
-    """Holds the state of one layer: its budget, its expert prices and its batch price.
+    """Holds the state of one layer: its expert prices and its selection.
 
     Args:
-        budget: The plans that are allowed.
+        selector: Decides which experts run.
         controller: Moves the expert prices.
-        batch_price: Learns the price that evaluation uses.
         group: Processes that share a training batch.
     """
 
     def __init__(
         self,
         *,
-        budget: TokenBudget,
+        selector: Selector,
         controller: PriceController,
-        batch_price: BatchPrice,
         group: ProcessGroup | None = None,
     ) -> None:
-        self.budget = budget
+        self.selector = selector
         self.controller = controller
-        self.batch_price = batch_price
-        self._group = group
+        self.group = group
 
     def price_scores(self, scores: Tensor) -> Tensor:
         """Returns each assignment's worth, scores less expert prices, ``(T, E)``, detached."""
         return scores.detach().float() - self.controller.prices
 
-    def select(self, values: Tensor, *, valid: Tensor | None, exact: bool) -> Selection:
-        """Chooses the experts of each token.
-
-        Args:
-            values: Worth of each assignment, shape ``(T, E)``.
-            valid: Which tokens are real, shape ``(T,)``; ``None`` where all are.
-            exact: Whether the batch meets its budget exactly (training), or every token decides
-                alone at the frozen price (evaluation).
-        """
-        if exact:
-            return select_exactly(values, self.budget, valid=valid, group=self._group)
-        return select_at_price(values, self.budget, price=self.batch_price.value, valid=valid)
+    def select(
+        self,
+        values: Tensor,
+        *,
+        scores: Tensor,
+        valid: Tensor | None,
+        exact: bool,
+        is_open: Tensor | None = None,
+        sequence_length: int | None = None,
+    ) -> Selection:
+        """Chooses the experts of each token; see :class:`SelectionInputs` for the arguments."""
+        return self.selector.select(
+            SelectionInputs(
+                values=values,
+                scores=scores.detach(),
+                valid=valid,
+                is_open=is_open,
+                sequence_length=sequence_length,
+                exact=exact,
+                group=self.group,
+            )
+        )
 
     def observe(self, routing: LayerRouting) -> None:
         """Takes in one training micro-batch."""
         self.controller.observe(routing)
-        self.batch_price.observe(routing)
+        self.selector.observe(routing)
 
     def update(self) -> None:
         """Moves all prices, once for each optimizer step."""
-        self.controller.update(self._group)
-        self.batch_price.update()
+        self.controller.update(self.group)
+        self.selector.update(self.group)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Returns the prices of the layer."""
         return {
             "controller": self.controller.state_dict(),
-            "batch_price": self.batch_price.state_dict(),
+            "selector": self.selector.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, dict[str, Tensor]]) -> None:
         """Restores :meth:`state_dict`."""
         self.controller.load_state_dict(state["controller"])
-        self.batch_price.load_state_dict(state["batch_price"])
+        self.selector.load_state_dict(state["selector"])

@@ -283,7 +283,7 @@ def _log(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
         step=state.step,
         domains=domains,
         layer_names=run.attachment.layer_names,
-        prices=[policy.batch_price.value for policy in run.attachment.policies],
+        prices=[policy.selector.price for policy in run.attachment.policies],
         weights=run.adversary.weights,
         near_one_hot=run.adversary.is_near_one_hot(run.config.robustness.alarm_below),
         links=run.attachment.open_links,

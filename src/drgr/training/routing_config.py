@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from drgr.routing import SinkhornCost
 from drgr.training.field_types import STRICT, Count, NotNegative, Positive, Share
+from drgr.training.scores_config import ModelScoresConfig, ScoresConfig
 
 
 class BudgetConfig(BaseModel):
@@ -169,6 +170,8 @@ class RoutingConfig(BaseModel):
     model_config = STRICT
 
     budget: BudgetConfig = BudgetConfig()
+    scores: ScoresConfig = ModelScoresConfig()
+    """What an expert suits a token; by default what the model's router says."""
     controller: ControllerConfig = QuantileConfig()
     auxiliary_coefficient: NotNegative = 0.0
     """Weight of the Switch load-balancing loss, averaged over layers."""

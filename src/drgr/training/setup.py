@@ -36,6 +36,7 @@ from drgr.training.controller_setup import build_controller
 from drgr.training.expert_groups import ExpertAdversaries
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
+from drgr.training.scorer_setup import build_scorer
 from drgr.training.step import StepSettings
 
 
@@ -114,6 +115,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     group = dist.new_group() if world_size() > 1 else None
     gates = _link_gates(config, len(corpus.domains), experts, device)
     attachment = _attach(config, model, budget, link_gates=gates, group=group)
+    flops = measure_flops(model, experts)  # again, with what scorers added
     settings = _step_settings(config, device, group)
     adversary = build_adversary(config, corpus, sampling)
     inner, _ = split_parameters(model, config.outer)
@@ -294,6 +296,7 @@ def _attach(
         return attach(
             model,
             budget=budget,
+            scorer=build_scorer(config.routing.scores),
             controller=build_controller(config.routing.controller),
             price_smoothing=config.routing.price_smoothing,
             link_gates=link_gates,

@@ -1,4 +1,4 @@
-"""Attaches routing policies to a transformers MoE model, and takes them off again."""
+"""A transformers MoE model with routing policies attached. Made by ``attach`` in attaching.py."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -9,27 +9,19 @@ from typing import Any, final
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.utils.hooks import RemovableHandle
 
 from drgr._checks import check_shape
-from drgr.budgets import TokenBudget
 from drgr.integrations.transformers.attached_layer import AttachedLayer, replayed
-from drgr.integrations.transformers.contract import RouterContract, find_contract
-from drgr.integrations.transformers.experts import IMPLEMENTATION, check_skipping, register
+from drgr.integrations.transformers.experts import IMPLEMENTATION
 from drgr.integrations.transformers.padding import padding_mask
-from drgr.integrations.transformers.sites import MoeSite, find_sites
-from drgr.integrations.transformers.sources import Source, check_source, token_sources
-from drgr.routing import (
-    BatchPrice,
-    ControllerFactory,
-    LayerRouting,
-    LinkGates,
-    NoPrices,
-    RoutingPolicy,
-    TrafficMeter,
-    tap_traffic,
+from drgr.integrations.transformers.sources import (
+    Source,
+    check_source,
+    sequence_length,
+    token_sources,
 )
+from drgr.routing import LayerRouting, LinkGates, RoutingPolicy, TrafficMeter, tap_traffic
 
 ROUTING_FILE = "routing.safetensors"
 """Name of the file that holds the routing state beside a saved model."""
@@ -57,6 +49,7 @@ class Attachment:
         self.link_gates = link_gates
         self._layers = layers
         self._valid: Tensor | None = None
+        self._sequence_length: int | None = None
         self._given_source: Source | None = None
         self._source: Tensor | None = None
         self._records: list[list[LayerRouting]] = []
@@ -195,19 +188,18 @@ class Attachment:
                 f"a time"
             )
         for layer, routing in zip(self._layers, records, strict=True):
-            layer.policy.observe(routing)
+            layer.observe(routing)
 
     def update(self) -> None:
         """Moves all prices; call once after each optimizer step."""
         for layer in self._layers:
-            layer.policy.update()
-            layer.pending.clear()
+            layer.update()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the prices of every layer, and its link gates, by the name of its block."""
         state: dict[str, Any] = {}
         for number, layer in enumerate(self._layers):
-            state[layer.site.name] = layer.policy.state_dict()
+            state[layer.site.name] = layer.state_dict()
             if self.link_gates is not None:
                 state[layer.site.name]["link_gates"] = self.link_gates.state_dict(number)
         return state
@@ -216,7 +208,8 @@ class Attachment:
         """Restores :meth:`state_dict`.
 
         Raises:
-            ValueError: If the layers differ, or only one of the two has link gates.
+            ValueError: If the layers differ, or only one of the two has link gates, or the state
+                is that of another kind of controller, selector or scorer.
         """
         if set(state) != set(self.layer_names):
             raise ValueError(
@@ -231,7 +224,7 @@ class Attachment:
                     f"{'' if self.link_gates is None else 'no '}link gates, but the model was "
                     f"attached with{'out' if self.link_gates is None else ''} them; attach alike"
                 )
-            layer.policy.load_state_dict(parts)
+            layer.load_state_dict(parts)
             if self.link_gates is not None:
                 self.link_gates.load_state_dict(number, parts["link_gates"])
 
@@ -253,7 +246,7 @@ class Attachment:
             FileNotFoundError: If ``directory`` has no routing state.
         """
         state: dict[str, Any] = {
-            name: {"controller": {}, "batch_price": {}} for name in self.layer_names
+            name: {"controller": {}, "selector": {}} for name in self.layer_names
         }
         for key, tensor in load_file(directory / ROUTING_FILE).items():
             layer, part, name = key.split("/")
@@ -265,11 +258,14 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for layer in self._layers:
+            layer.rule.remove()
         self._layers[0].site.experts.config._experts_implementation = self._previous_implementation
 
     def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads the padding mask of a forward pass, and spreads its source over its tokens."""
         self._valid = padding_mask(module, args, kwargs)
+        self._sequence_length = sequence_length(module, args, kwargs)
         self._source = None
         if self._given_source is not None:
             known = [meters[0].traffic.shape[0] for meters in self._meters]
@@ -301,16 +297,22 @@ class Attachment:
         self, number: int, router: nn.Module, args: tuple[Any, ...], output: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         """Replaces the router's weights and indices by those of the policy."""
-        del router, args
+        del router
         layer = self._layers[number]
         logits, weights, _, *rest = output
-        scores = layer.contract.scores(logits)
+        hidden = args[0].reshape(-1, args[0].shape[-1])
         if _is_recomputed():
             routing = layer.take_pending(logits)
-            combine = layer.weights_again(scores, routing)
+            combine = layer.recomputed_weights(hidden, logits, routing)
         else:
-            gates = None if self.link_gates is None else self.link_gates.layer(number)
-            routing = layer.decide(scores, valid=self._valid, source=self._source, gates=gates)
+            routing = layer.decide(
+                hidden,
+                logits,
+                valid=self._valid,
+                source=self._source,
+                gates=None if self.link_gates is None else self.link_gates.layer(number),
+                sequence_length=self._sequence_length,
+            )
             self._deliver(layer, logits, routing)
             combine = routing.plan.combine_weights
         plan = routing.plan
@@ -333,68 +335,3 @@ class Attachment:
 def _is_recomputed() -> bool:
     """Whether a backward pass is running: a forward pass inside of it is one of checkpointing."""
     return torch._C._current_graph_task_id() != -1
-
-
-def attach(
-    model: nn.Module,
-    *,
-    budget: TokenBudget,
-    controller: ControllerFactory | None = None,
-    price_smoothing: float = 0.9,
-    link_gates: LinkGates | None = None,
-    group: ProcessGroup | None = None,
-) -> Attachment:
-    """Makes every MoE layer of a transformers model route inside a budget.
-
-    In training mode each forward pass meets the budget exactly; in evaluation mode each token
-    decides alone at the price learned so far. Before anything is changed, the router's rule and the
-    skipping of experts are verified numerically against the model's own code.
-
-    Args:
-        model: A transformers MoE model.
-        budget: Bounds in experts, for each layer.
-        controller: Builds a layer's expert-price controller; none by default.
-        price_smoothing: Share of the batch price's average that a step keeps, in [0, 1).
-        link_gates: Gates of the links between sources and experts; none by default. Passes then
-            say where tokens come from, see :meth:`Attachment.from_source`.
-        group: Processes that share a training batch, preferably a group of their own, so that these
-            small collectives never interleave with those of gradients.
-
-    Returns:
-        The attachment; :meth:`Attachment.detach` undoes it.
-
-    Raises:
-        UnknownRouterError: If the model has no MoE layer or its routing cannot be verified.
-        ValueError: If the model is attached to already, ``budget.maximum`` exceeds the experts that
-            a token may use, or the link gates are of other layers or experts.
-    """
-    register()
-    sites = find_sites(model)
-    layers = []
-    for site in sites:
-        if site.experts.config._experts_implementation == IMPLEMENTATION:
-            raise ValueError(f"{type(model).__name__} is attached already; detach it first")
-        contract = find_contract(site.router, site.name)
-        _check_maximum(site, contract, budget)
-        check_skipping(site.experts, site.name)
-        device = next(site.router.parameters()).device
-        build = controller or (lambda num_experts, device: NoPrices(num_experts, device=device))
-        policy = RoutingPolicy(
-            budget=budget,
-            controller=build(site.num_experts, device),
-            batch_price=BatchPrice(smoothing=price_smoothing, device=device),
-            group=group,
-        )
-        layers.append(AttachedLayer(site, contract, policy))
-    if link_gates is not None:
-        check_shape("link_gates", link_gates.values, (len(sites), None, sites[0].num_experts))
-    return Attachment(model, tuple(layers), link_gates)
-
-
-def _check_maximum(site: MoeSite, contract: RouterContract, budget: TokenBudget) -> None:
-    usable = site.num_experts * contract.num_top_groups // contract.num_groups
-    if budget.maximum > usable:
-        raise ValueError(
-            f"budget.maximum must be at most the {usable} experts that a token of {site.name} may "
-            f"use, got {budget.maximum}; lower it"
-        )

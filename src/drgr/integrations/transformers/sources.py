@@ -62,13 +62,23 @@ def token_sources(
     return spread.expand(batch, length).reshape(-1)
 
 
+def sequence_length(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Returns the tokens of a sequence in a call of a transformers model; ``None`` if not given."""
+    tokens = _call_tokens(module, args, kwargs)
+    return tokens.shape[1] if isinstance(tokens, Tensor) else None
+
+
 def _tokens(module: nn.Module, call: tuple[Any, Any]) -> Tensor:
-    bound = inspect.signature(module.forward).bind_partial(*call[0], **call[1]).arguments
-    tokens = bound.get("input_ids")
-    tokens = bound.get("inputs_embeds") if tokens is None else tokens
+    tokens = _call_tokens(module, *call)
     if not isinstance(tokens, Tensor):
         raise ValueError(
             "a source was given, but the call has neither input_ids nor inputs_embeds; pass one, "
             "so that the batch's shape is known"
         )
     return tokens
+
+
+def _call_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    tokens = bound.get("input_ids")
+    return bound.get("inputs_embeds") if tokens is None else tokens
