@@ -1,12 +1,11 @@
 """What the outer loop costs: steps of ``drgr train`` with it against the same steps without.
 
 All variants run in turn in one process on the same batches; times are CPU seconds, which other work
-on the machine disturbs least. One round is ``every`` steps and, with an outer loop, one outer step.
+on the machine disturbs least, or wall seconds with an accelerator. One round is ``every`` steps and, with an outer loop, one outer step.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import describe_source, write_result
+from benchmarks.timing import now
 from benchmarks.training_runs import opened_corpus, stepper
 from drgr.recipes import drgr
 from drgr.training import RunConfig, build_run, override
@@ -48,10 +48,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(arguments.rounds + 1):
         for name, run_round in variants.items():
-            started = time.process_time()
+            started = now()
             run_round(number)
             if number:  # the first round warms up
-                seconds[name].append(time.process_time() - started)
+                seconds[name].append(now() - started)
     plain = seconds["no outer loop"]
     ratios = {
         name: [mine / other for mine, other in zip(times, plain, strict=True)]
