@@ -1,7 +1,8 @@
 """What the outer loop costs: steps of ``drgr train`` with it against the same steps without.
 
 All variants run in turn in one process on the same batches; times are CPU seconds, which other work
-on the machine disturbs least, or wall seconds with an accelerator. One round is ``every`` steps and, with an outer loop, one outer step.
+on the machine disturbs least, or wall seconds with an accelerator. One round is ``every`` steps
+and, with an outer loop, one outer step.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
 All variants run interleaved in one process on the same batches; times are CPU seconds, which other
 work on the machine disturbs least, or wall seconds with an accelerator. ``unattached`` is
-transformers' own model with grouped_mm experts, the same optimizer and the same number of experts a token;
-``attached`` is everything that ``drgr train`` does in a step, the adversary's held-out passes and
-record keeping included; ``attached, no held-out passes`` leaves those passes out, which are compute
-bought for robustness rather than overhead; ``unattached, sparse experts`` runs the unattached model
-with this package's expert code, so that the cost of routing alone can be told from the gain of that
-code.
+transformers' own model with grouped_mm experts, the same optimizer and the same number of experts a
+token; ``attached`` is everything that ``drgr train`` does in a step, the adversary's held-out
+passes and record keeping included; ``attached, no held-out passes`` leaves those passes out, which
+are compute bought for robustness rather than overhead; ``unattached, sparse experts`` runs the
+unattached model with this package's expert code, so that the cost of routing alone can be told from
+the gain of that code.
 """
 
 import argparse
