@@ -12,6 +12,7 @@ import pytest
 import drgr as package
 from drgr.data import BUILT_IN_CORPORA, Corpus
 from drgr.recipes import RECIPES
+from drgr.routing.methods import METHODS
 from drgr.training import known_keys
 
 
@@ -192,6 +193,16 @@ class TestInformation:
 
     def test_settings(self, drgr):
         assert drgr("settings").out.split() == known_keys()
+
+    def test_methods(self, drgr):
+        answer = drgr("methods", "price")
+        assert answer.code == 0
+        for method in METHODS:
+            shown = f" {method.name} " in answer.out
+            assert shown == (method.kind == "price"), method.name
+        refused = drgr("methods", "router")
+        assert refused.code == 2
+        assert "kind must be one of loss, price, score, selection, got router" in refused.err
 
     def test_data_list(self, drgr):
         assert drgr("data", "list").out.split() == list(BUILT_IN_CORPORA)

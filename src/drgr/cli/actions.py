@@ -12,14 +12,17 @@ from drgr.cli.display import (
     Record,
     evaluation_summary,
     evaluation_table,
+    methods_table,
     preparation_display,
     quiet_libraries,
 )
 from drgr.cli.running import existing_run, load_recipe, prepare, run_evaluation, run_training
 from drgr.collectives import rank
 from drgr.data import BUILT_IN_CORPORA
+from drgr.errors import ConfigError
 from drgr.recipes import RECIPES
 from drgr.report import write_report
+from drgr.routing.methods import METHODS
 from drgr.training import (
     DataConfig,
     RunDirectory,
@@ -85,6 +88,15 @@ def show_recipes(name: str | None) -> None:
     for key, recipe in RECIPES.items():
         summary, *_ = (recipe.__doc__ or "").strip().splitlines()
         typer.echo(f"{key:<12}{summary}")
+
+
+def show_methods(kind: str | None) -> None:
+    """Lists the routing methods, or those of one kind."""
+    kinds = sorted({method.kind for method in METHODS})
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"kind must be one of {', '.join(kinds)}, got {kind}")
+    shown = [method for method in METHODS if kind in (None, method.kind)]
+    Console().print(methods_table(shown))
 
 
 def show_settings() -> None:

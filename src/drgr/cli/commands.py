@@ -145,6 +145,18 @@ def recipes_command(
     actions.show_recipes(name)
 
 
+@app.command("methods")
+def methods_command(
+    kind: Annotated[
+        str | None, typer.Argument(help="score, price, selection or loss; all by default.")
+    ] = None,
+) -> None:
+    """List the routing methods: name, source, what is published and what derived."""
+    from drgr.cli import actions
+
+    actions.show_methods(kind)
+
+
 @app.command("settings")
 def settings_command() -> None:
     """List every setting by its dotted path."""

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from drgr.routing.methods import Method
 from drgr.training import StepView
 
 Record = dict[str, Any]
@@ -135,6 +136,14 @@ def evaluation_table(record: Record) -> Table:
             _number(domain["experts_per_token"], ".2f"),
             style="bold" if is_worst else None,
         )
+    return table
+
+
+def methods_table(methods: Sequence[Method]) -> Table:
+    """Returns the table of routing methods, one row each."""
+    table = Table("name", "kind", "source", "status", "what it does", show_lines=True)
+    for method in methods:
+        table.add_row(method.name, method.kind, method.source, method.status, method.summary)
     return table
 
 
