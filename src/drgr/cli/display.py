@@ -141,7 +141,11 @@ def evaluation_table(record: Record) -> Table:
 
 def methods_table(methods: Sequence[Method]) -> Table:
     """Returns the table of routing methods, one row each."""
-    table = Table("name", "kind", "source", "status", "what it does", show_lines=True)
+    table = Table(show_lines=True)
+    for header in ("name", "kind"):
+        table.add_column(header, no_wrap=True)
+    for header in ("source", "status", "what it does"):
+        table.add_column(header)
     for method in methods:
         table.add_row(method.name, method.kind, method.source, method.status, method.summary)
     return table
