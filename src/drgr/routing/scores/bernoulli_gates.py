@@ -48,7 +48,8 @@ class StochasticGates(Scorer):
 
     - REINFORCE: equal, for any loss and any baseline that does not depend on the draw. It needs the
       value of the loss alone: :meth:`surrogate` is the loss to add. Nothing else has a gradient.
-    - Stochastic times smooth: equal where the loss is linear in the gates, whose mean is ``s``.
+    - Stochastic times smooth: half of it where the loss is linear in the gates, of mean ``s``;
+      the other half would go through the probability to be open.
     - Noisy rectifier: equal for any loss that is differentiable in the gates.
     - Straight through: that of a linear loss over ``s (1 - s)``; with ``sigmoid_slope`` equal where
       the loss is linear. A gate that is closed runs no expert, so its part of the gradient is not

@@ -50,7 +50,8 @@ class KMeansScores(Scorer):
     without tokens yet is scored by its row of the router's weight, so that the first steps route
     as the model did; a centroid without tokens for ``dead_after`` steps in a row moves to the token
     that fits worst among those of the most loaded expert, a second such centroid to that of the
-    second most loaded, and so on.
+    second most loaded, and so on. Experts that had the same tokens in every step have the same
+    centroid; only prices part them.
 
     Args:
         num_experts: Number of experts ``E``.
