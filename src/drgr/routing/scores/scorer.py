@@ -42,7 +42,8 @@ class Scorer(nn.Module, ABC):
     The weight is that of the model's router, so that every scorer trains what the model already
     has; what a scorer needs beside it are parameters or buffers of its own. Randomness comes from
     PyTorch's generator of the device, in training mode only, so that recomputation under gradient
-    checkpointing draws the same numbers.
+    checkpointing draws the same numbers. Processes that were seeded alike draw alike, each for its
+    own tokens.
 
     Attributes:
         observes: Whether :meth:`observe` needs the tokens' vectors; records hold them then.
