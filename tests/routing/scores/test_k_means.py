@@ -205,29 +205,30 @@ def test_nothing_observed_changes_nothing_and_state_round_trips():
 
 
 def shares_of_steps(num_processes, position):
-    """State after steps of which this process had its share, the last process none in one."""
+    """State after steps of which this process had its share, the second none in one of them."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(6, 4, generator=generator)
-    weight[5] = -30.0
+    clusters = 3 * torch.randn(3, 4, generator=generator)
     scorer = KMeansScores(6, 4, decay=0.7, centred=True, dead_after=2)
+    num_revived = 0
     for step in range(5):
-        hidden = torch.randn(16, 4, generator=generator) + 1
-        parts = [hidden] if num_processes == 1 else [hidden[:16], hidden[16:]]
-        if num_processes == 2 and step != 2:
-            parts = [hidden[:6], hidden[6:]]
-        mine = parts[position]
-        if len(mine) > 0:
-            observe(scorer, mine, weight, count=2) if num_processes == 1 else observe_alone(
-                scorer, mine, weight
-            )
+        hidden = torch.randn(16, 4, generator=generator) + clusters[torch.arange(16) % 3]
+        place = 16 if step == 2 else 6
+        parts = [hidden] if num_processes == 1 else [hidden[:place], hidden[place:]]
+        if len(parts[position]) > 0:
+            observe_alone(scorer, parts[position], weight)
+        idle = scorer.idle.clone()
+        placed = scorer.placed.clone()
         scorer.update()
+        num_revived += int(((idle == 1) & (scorer.idle == 0) & ~placed[:-1]).sum())
+    assert num_revived > 0
     return {name: value.tolist() for name, value in scorer.state_dict().items()}
 
 
 def observe_alone(scorer, hidden, weight):
-    """As :func:`observe` with 2 experts, without the collectives of an exact selection."""
+    """As :func:`observe`, without the collectives of an exact selection."""
     found = scorer(hidden, weight)
-    ids = found.selectable.topk(2, dim=1).indices
+    ids = found.selectable.topk(1, dim=1).indices
     keep = torch.ones_like(ids, dtype=torch.bool)
     plan = RoutingPlan(
         expert_ids=ids, combine_weights=ids * 0.0, keep=keep, expert_load=torch.zeros(6)
