@@ -38,7 +38,7 @@ class CosineScores(Scorer):
         ValueError: If ``temperature`` is not a finite number above 0.
 
     Gradients:
-        To tokens and rows they are orthogonal to both; a token or a row of zeros has cosine 0.
+        Orthogonal to the token and to the row; finite where one of them is zero, with cosine 0.
 
     Numerics:
         Norms and cosines in float32 at least.
