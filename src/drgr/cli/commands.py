@@ -133,6 +133,37 @@ def report_command(
     actions.report_runs(run_dirs, output=output)
 
 
+@app.command("compare")
+def compare_command(
+    experiment: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT", help="A YAML or JSON file of methods.")
+    ],
+    *,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where everything is kept; by default runs/NAME.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each.")] = 1,
+    cache: Cache = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make runs that failed before anew.")
+    ] = False,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Run from source that differs from its commit.")
+    ] = False,
+) -> None:
+    """Compare methods over seeds at equal FLOPs; continues where it was interrupted."""
+    from drgr.cli import comparing
+
+    comparing.compare_methods(
+        experiment,
+        directory=directory,
+        parallel=parallel,
+        cache=cache,
+        retry_failed=retry_failed,
+        allow_dirty=allow_dirty,
+    )
+
+
 @app.command("recipes")
 def recipes_command(
     name: Annotated[
