@@ -76,10 +76,12 @@ class _Runner:
     ) -> None:
         self._comparison, self._store = comparison, store
         self._parallel, self._report = parallel, report
+        tuning = comparison.experiment.tuning
         self._files = RunFiles(
-            comparison.directory,
-            comparison.cache,
-            {one.name: _windows(comparison.experiment.tuning, one) for one in comparison.variants},
+            directory=comparison.directory,
+            cache=comparison.cache,
+            windows={one.name: _windows(tuning, one) for one in comparison.variants},
+            program=comparison.program,
         )
         self._planner = Planner(comparison)
 

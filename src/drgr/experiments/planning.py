@@ -1,6 +1,7 @@
 """Which runs a comparison consists of: their configurations, and the steps that each can afford."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,14 @@ class Comparison:
         variants: Its methods.
         directory: Where it writes.
         cache: Where corpora are; None for the default.
+        program: The command line of drgr, whose ``train`` and ``evaluate`` make the runs.
     """
 
     experiment: Experiment
     variants: tuple[Variant, ...]
     directory: Path
     cache: Path | None
+    program: tuple[str, ...] = (sys.executable, "-m", "drgr")
 
     @property
     def store(self) -> Path:
@@ -137,7 +140,7 @@ class Planner:
         return affordable_steps(variant.name, costs, wanted=wanted, limit=bound, may_grow=may_grow)
 
     def _cost(self, name: str, config: RunConfig) -> RunCosts:
-        key = override(config, ["name=x", "training.seed=0", "training.steps=1"]).to_json()
+        key = _cost_key(config)
         if key not in self._costs:
             self._costs[key] = named_error(
                 name, lambda: measure_costs(config, self._corpus(config))
@@ -156,6 +159,14 @@ class Planner:
                 skip_unreadable=data.skip_unreadable,
             )
         return self._corpora[key]
+
+
+def _cost_key(config: RunConfig) -> str:
+    """Returns what the cost of a step depends on: not the rates and schedules of training."""
+    training = {"batch_size", "accumulation", "gradient_checkpointing"}
+    return config.model_dump_json(exclude={"name": True, "training": True}) + json.dumps(
+        config.training.model_dump(include=training)
+    )
 
 
 def _as_json(variant: Variant, config: RunConfig, *, seed: int, steps: int) -> dict[str, Any]:

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ def slug(name: str) -> str:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFiles:
     """Where the runs of a comparison are.
 
@@ -43,7 +42,7 @@ class RunFiles:
     directory: Path
     cache: Path | None
     windows: Mapping[str, int]
-    program: tuple[str, ...] = (sys.executable, "-m", "drgr")
+    program: tuple[str, ...]
 
     def run(self, name: str) -> RunDirectory:
         """The directory of a run."""
