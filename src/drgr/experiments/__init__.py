@@ -7,6 +7,7 @@ cost), ``planning`` (which runs), ``comparison`` (making them), ``store`` (keepi
 
 from drgr.experiments.comparison import check_source, run_comparison
 from drgr.experiments.experiment import Experiment, parse_experiment, read_experiment
+from drgr.experiments.export import export
 from drgr.experiments.methods import Variant, build_variants
 from drgr.experiments.planning import Comparison
 from drgr.experiments.store import Store, StoredRun
@@ -20,6 +21,7 @@ __all__ = [
     "Variant",
     "build_variants",
     "check_source",
+    "export",
     "parse_experiment",
     "read_experiment",
     "run_comparison",
