@@ -4,6 +4,7 @@ What a command does is in ``actions``, which is imported when a command runs: it
 transformers, and ``drgr --help`` should not wait for them.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -131,6 +132,42 @@ def report_command(
     from drgr.cli import actions
 
     actions.report_runs(run_dirs, output=output)
+
+
+@app.command("compare")
+def compare_command(
+    experiment: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT", help="A YAML or JSON file of methods.")
+    ],
+    *,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where everything is kept; by default runs/NAME.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each.")] = 1,
+    cache: Cache = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make runs that failed before anew.")
+    ] = False,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Run from source that differs from its commit.")
+    ] = False,
+    export: Annotated[
+        str | None, typer.Option(help="Run nothing; write the results as csv, latex or markdown.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File of --export; else the output.")] = None,
+) -> None:
+    """Compare methods over seeds at equal FLOPs; continues where it was interrupted."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ConfigError("drgr compare needs scipy; install it with pip install 'drgr[compare]'")
+    from drgr.cli import comparing
+
+    comparison = comparing.open_comparison(experiment, directory=directory, cache=cache)
+    if export is not None:
+        comparing.export_results(comparison, form=export, output=output)
+        return
+    comparing.compare_methods(
+        comparison, parallel=parallel, retry_failed=retry_failed, allow_dirty=allow_dirty
+    )
 
 
 @app.command("recipes")
