@@ -1,6 +1,7 @@
 """Shifts between domains, against brute force."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_the_curve_rises_from_the_mean_to_the_worst(losses, divergence):
     mean = sum(losses) / len(losses)
     assert values[0] == pytest.approx(mean, rel=1e-9)
     assert values[-1] == pytest.approx(max(losses), rel=1e-9)
-    assert all(after >= before - 1e-9 for before, after in zip(values, values[1:], strict=False))
+    assert all(after >= before - 1e-9 for before, after in pairwise(values))
 
 
 def test_a_curve_needs_radii():
