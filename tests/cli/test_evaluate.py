@@ -1,6 +1,7 @@
 """``drgr evaluate`` on runs, other corpora and plain models, and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -51,6 +52,18 @@ def test_a_saved_model_needs_no_run(evaluate, runs: ModuleType, finished, tmp_pa
     for part in ("worst case in a ball", "random mixtures", "loss by frequency", "agree", "p95"):
         assert part in answer.out
     assert runs.listing(finished) == before
+
+
+def test_a_model_can_be_reported_on(evaluate, drgr, runs: ModuleType, finished, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(finished / "model", model)
+    options = ("--data", runs.DOMAIN_FILE, "--sequence-length", 32)
+    answer = evaluate(model, *options, "--protocol", model / "protocol.json")
+    assert answer.code == 0, answer.err
+    assert drgr("report", model).code == 0
+    page = (model / "report.html").read_text()
+    assert "Evaluation protocol" in page
+    assert "test split of fixture, at most 2 windows of each domain" in page
 
 
 def test_a_run_on_other_text_keeps_its_tokenizer(

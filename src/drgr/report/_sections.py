@@ -118,10 +118,9 @@ def _protocol(record: RunRecord, styles: Mapping[str, SeriesStyle]) -> Html:
     windows = "all windows"
     if protocol.max_windows is not None:
         windows = f"at most {number(protocol.max_windows)} windows of each domain"
-    source = (
-        f"{protocol.split} split of {protocol.corpus} after {number(protocol.step)} steps, "
-        f"{windows}"
-    )
+    # A model whose training is not known has no steps.
+    after = "" if protocol.step is None else f" after {number(protocol.step)} steps"
+    source = f"{protocol.split} split of {protocol.corpus}{after}, {windows}"
     return join(
         tag("h3", text("Evaluation protocol")),
         tag("p", text(source)),
