@@ -120,6 +120,9 @@ class TestEvaluate:
         expected = json.loads((finished / "evaluation.json").read_text())
         assert json.loads(output.read_text()) == expected
         assert f"worst domain          {expected['worst_domain']}" in answer.out
+        protocol = finished / "protocol.json"
+        assert json.loads(protocol.read_text())["subject"]["kind"] == "run"
+        protocol.unlink()
         assert runs.listing(finished) == before
 
     def test_other_splits_and_all_windows(self, drgr, cache, tmp_path, finished, corpus: Corpus):

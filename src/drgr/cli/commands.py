@@ -102,18 +102,61 @@ def train_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run directory, a saved MoE model, or its hub name."
+        ),
+    ],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="A built-in corpus or a domain file; by default the run's own. Models need it.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of a model, where it has none of its own.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     windows: Annotated[
         int | None, typer.Option(min=1, help="Sequences of each domain at most; default all.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the record as JSON.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sequence; by default the run's.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a forward pass; by default the run's.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Another evaluation, or a run, to take the excess over.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Forward passes that are timed.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write a run's evaluation record as JSON.")
+    ] = None,
+    protocol: Annotated[
+        Path | None,
+        typer.Option(help="Where the whole record goes; by default protocol.json in the run."),
+    ] = None,
     cache: Cache = None,
 ) -> None:
-    """Evaluate the last checkpoint of a run on every domain of a split."""
-    from drgr.cli import actions
+    """Evaluate a run's last checkpoint or any MoE model: robustness, fairness, compute."""
+    from drgr.cli import actions, evaluating
 
-    actions.evaluate_run(run_dir, split=split, windows=windows, output=output, cache=cache)
+    request = evaluating.EvaluationRequest(
+        data=data,
+        tokenizer=tokenizer,
+        split=split,
+        windows=windows,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        repeats=repeats,
+        reference=reference,
+        cache=cache,
+    )
+    actions.evaluate_target(target, request, output=output, protocol=protocol)
 
 
 @app.command("report")

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from drgr.report._protocol_records import ProtocolRecord
+
 Numbers = Mapping[str, float | None]
 Counts = tuple[float | None, ...]
 
@@ -178,6 +180,7 @@ class RunRecord:
         validation: validation records by increasing step.
         alarms: warnings by increasing step.
         evaluation: the held-out evaluation; ``None`` if the run was interrupted.
+        protocol: the last ``drgr evaluate``; ``None`` if there was none.
         notes: what was missing or left out while reading, for the reader of the report.
     """
 
@@ -189,4 +192,5 @@ class RunRecord:
     validation: tuple[ValidationRecord, ...]
     alarms: tuple[AlarmRecord, ...]
     evaluation: EvaluationRecord | None
+    protocol: ProtocolRecord | None
     notes: tuple[str, ...]

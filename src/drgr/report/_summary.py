@@ -111,6 +111,8 @@ def domain_names(run: RunRecord) -> tuple[str, ...]:
         names.update(dict.fromkeys(run.train[-1].adversary))
     if run.validation:
         names.update(dict.fromkeys(run.validation[-1].bits_per_byte))
+    if run.protocol is not None:
+        names.update(dict.fromkeys(run.protocol.domains))
     return tuple(names)
 
 
