@@ -73,6 +73,34 @@ def _loss(implementation: Callable[..., Any], source: str, status: str = "publis
 SCORES = (
     _score("softmax", scores.SoftmaxScores, "arXiv 1701.06538, 2101.03961"),
     _score("sigmoid", scores.SigmoidScores, "arXiv 2412.19437"),
+    _score("cosine", scores.CosineScores, "arXiv 2204.09179"),
+    _score(
+        "k-means",
+        scores.KMeansScores,
+        "arXiv 2605.12476",
+        "as reported; gate, centring and re-seeding derived",
+    ),
+    _score(
+        "norm",
+        scores.NormScores,
+        "arXiv 2605.06665",
+        "published; constant conditioned on two positive entries, fallback derived",
+    ),
+    _score("relu-rms", scores.ReluRmsScores, "arXiv 2507.08771", "published; guard derived"),
+    _score("tsallis-hybrid", scores.TsallisHybridScores, "arXiv 2504.00661"),
+    _score("noisy", scores.NoisyScores, "arXiv 1701.06538"),
+    _score(
+        "gaussian",
+        scores.GaussianScores,
+        "after DynaMoE",
+        "as reported: noise of one size; where the temperature enters is derived",
+    ),
+    _score(
+        "stochastic",
+        scores.StochasticGates,
+        "arXiv 1308.3432",
+        "published estimators; as gates of experts derived",
+    ),
 )
 
 PRICES = (
@@ -118,6 +146,12 @@ SELECTIONS = (
         selection.BudgetedSelector,
         "this package",
         "derived: optimal in a laminar matroid; frozen price at evaluation",
+    ),
+    _selection(
+        "open",
+        selection.OpenExperts,
+        "arXiv 2504.00661, 2507.08771",
+        "published with their scorers; bounds derived",
     ),
 )
 
