@@ -1,12 +1,14 @@
 """Experiment files: what they may hold, and what is said of those that may not."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 
 from drgr.errors import ConfigError
 from drgr.experiments import build_variants, parse_experiment, read_experiment
+from drgr.recipes import RECIPES
 from drgr.training import RunConfig
 
 LR = {"kind": "log-uniform", "low": "1e-4", "high": 1e-2}
@@ -51,6 +53,25 @@ class TestReading:
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             read_experiment(path)
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "comparison.yaml"
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="needs the source tree")
+def test_the_example():
+    experiment = read_experiment(EXAMPLE)
+    variants = build_variants(experiment, load=lambda name: RECIPES[name]())
+    assert [variant.config.training.batch_size for variant in variants] == [8] * 4
+    assert variants[3].config.outer.variables == ("mixture",)
+    space = variants[3].space
+    assert list(space) == ["training.learning_rate", "robustness.penalty", "outer.every"]
+    assert space["training.learning_rate"].low == 5e-4
+    shares = variants[1].config.data.sampling
+    given = RECIPES["demo"]().data.sampling
+    total = sum(share**0.5 for share in given.values())
+    for domain, share in shares.items():  # rounded in the file
+        assert share / sum(shares.values()) == pytest.approx(given[domain] ** 0.5 / total, abs=0.001)
 
 
 class TestRefusals:
