@@ -134,6 +134,20 @@ def test_fill_gives_steps_to_what_costs_less(compare):
         ran.comparison.store.unlink()
 
 
+def test_flops_of_earlier_runs_count(compare, tmp_path):
+    limit = stored(compare(seeds=1))["1-kl-seed-0"].flops_limit
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps({"flops": limit / 2}))
+    methods = {"uniform": {"robustness.losses": "train"}, "proxy": {"prior": [str(path)]}}
+    (tmp_path / "toy").rename(tmp_path / "before")
+    run = stored(compare(seeds=1, methods=methods))["1-proxy-seed-0"]
+    assert run.steps == 3  # of 6
+    assert run.evaluation["prior_flops"] == limit / 2
+    assert run.evaluation["flops"] == limit / 2 + 3
+    with pytest.raises(ConfigError, match=r"'proxy': prior must name evaluation\.json files"):
+        compare(methods={**methods, "proxy": {"prior": ["nowhere.json"]}})
+
+
 def test_a_sweep_multiplies_methods(compare):
     ran = compare(seeds=1, sweep={"training.learning_rate": [0.001, "1e-2"]})
     runs = stored(ran)
@@ -276,12 +290,13 @@ class TestTuning:
         assert (directory / "1-kl-seed-0" / "model").exists()
 
     def test_the_same_at_any_number_of_processes(self, compare):
-        first = compare(tuning=TUNING, parallel=3)
+        tuning = {**TUNING, "trials": 3}
+        first = compare(seeds=1, tuning=tuning, parallel=3)
         proposed = {name: run.settings for name, run in stored(first).items()}
         first.comparison.store.rename(first.comparison.store.with_name("first"))
         for folder in ("runs", "locks"):
             (first.comparison.directory / folder).rename(first.comparison.directory / f"_{folder}")
-        second = compare(tuning=TUNING, parallel=1)
+        second = compare(seeds=1, tuning=tuning, parallel=1)
         assert {name: run.settings for name, run in stored(second).items()} == proposed
 
     def test_an_objective_of_several_figures(self, compare):

@@ -113,5 +113,7 @@ def test_steps_grow_only_where_they_may():
     assert affordable_steps("m", costs, wanted=3, limit=20, may_grow=False) == 3
     assert affordable_steps("m", costs, wanted=3, limit=20, may_grow=True) == 10
     assert affordable_steps("m", costs, wanted=30, limit=20, may_grow=False) == 10
-    with pytest.raises(ConfigError, match="method 'm': one step takes 2 FLOPs, more than the"):
+    with pytest.raises(
+        ConfigError, match="method 'm': one step takes 2 FLOPs, more than the 1 that"
+    ):
         affordable_steps("m", costs, wanted=3, limit=1, may_grow=False)

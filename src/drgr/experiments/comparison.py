@@ -84,6 +84,7 @@ class _Runner:
             program=comparison.program,
         )
         self._planner = Planner(comparison)
+        self._prior = {one.name: one.prior_flops for one in comparison.variants}
 
     def retry(self) -> None:
         """Plans failed runs anew; trials of a method only until its final runs are planned."""
@@ -201,6 +202,8 @@ class _Runner:
             evaluation, environment = self._files.read(run)
         except (OSError, ValueError) as error:
             return f"the run left no results that can be read: {error}"
+        prior = self._prior[run.method]
+        evaluation |= {"flops": evaluation["flops"] + prior, "prior_flops": prior}
         tuning, objective = self._comparison.experiment.tuning, None
         if run.stage == "tuning" and tuning is not None:
             objective = objective_of(tuning.objective, evaluation)
@@ -273,5 +276,6 @@ def _fewer_steps(run: StoredRun) -> int:
     """Returns steps that bring a run below its limit, from what it took."""
     assert run.evaluation is not None
     assert run.flops_limit is not None
-    share: float = run.flops_limit / run.evaluation["flops"]
+    prior: float = run.evaluation["prior_flops"]
+    share: float = (run.flops_limit - prior) / (run.evaluation["flops"] - prior)
     return max(1, min(run.steps - 1, int(run.steps * share)))

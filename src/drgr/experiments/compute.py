@@ -190,7 +190,8 @@ def affordable_steps(
     steps = steps_within(costs, limit)
     if steps < 1:
         raise ConfigError(
-            f"method {name!r}: one step takes {costs.most(1):.3g} FLOPs, more than the reference "
-            f"in total, {limit:.3g}; give the reference more steps, or the method smaller ones"
+            f"method {name!r}: one step takes {costs.most(1):.3g} FLOPs, more than the "
+            f"{limit:.3g} that the reference leaves it in total; give the reference more steps, or "
+            f"the method smaller ones"
         )
     return steps if may_grow else min(steps, wanted)

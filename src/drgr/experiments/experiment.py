@@ -47,15 +47,16 @@ class Method(BaseModel):
     model_config = STRICT
 
     recipe: str | None = None
+    prior: tuple[str, ...] = ()
+    """Evaluations of earlier runs that the method needs, whose FLOPs count as its own."""
     settings: Settings = ()
 
 
 def as_method(value: Any) -> Any:
-    """Takes settings alone, or with the entry ``recipe`` among them."""
+    """Takes settings alone, or with the entries ``recipe`` and ``prior`` among them."""
     if isinstance(value, Mapping):
-        recipe = value.get("recipe")
-        rest = {path: entry for path, entry in value.items() if path != "recipe"}
-        return {"recipe": recipe, "settings": rest}
+        own = {key: value[key] for key in ("recipe", "prior") if key in value}
+        return {**own, "settings": {key: value[key] for key in value if key not in own}}
     return {"settings": value}
 
 

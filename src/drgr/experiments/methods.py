@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar, final
 
 from drgr.errors import ConfigError
@@ -26,6 +27,7 @@ class Variant:
         settings: What the file sets for it, common settings left out.
         config: Its configuration, but for the seed and the steps that it can afford.
         space: What tuning searches.
+        prior_flops: FLOPs of earlier runs that count as its own.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Variant:
     settings: tuple[str, ...]
     config: RunConfig
     space: SearchSpace
+    prior_flops: float
 
     def tuned(self, settings: Mapping[str, Any]) -> RunConfig:
         """Returns the configuration with values that a trial proposes, by path.
@@ -94,7 +97,18 @@ def _variant(
         settings=own,
         config=named_error(name, lambda: override(_base(base, load), [*experiment.common, *own])),
         space=space,
+        prior_flops=sum(_flops_of(name, Path(path)) for path in method.prior),
     )
+
+
+def _flops_of(name: str, path: Path) -> float:
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["flops"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"method {name!r}: prior must name evaluation.json files of runs, got {path}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _base(base: str | dict[str, Any], load: Callable[[str], RunConfig]) -> RunConfig:

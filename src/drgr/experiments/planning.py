@@ -74,7 +74,7 @@ class Planner:
         reference = self._comparison.reference
         config = reference.tuned(settings)
         costs = self._cost(reference.name, config)
-        return costs.least(steps or config.training.steps)
+        return reference.prior_flops + costs.least(steps or config.training.steps)
 
     def final(
         self, variant: Variant, settings: Mapping[str, Any], *, seed: int, limit: float
@@ -96,7 +96,7 @@ class Planner:
             config=_as_json(variant, config, seed=seed, steps=steps),
             steps=steps,
             flops_limit=self._bound(variant, limit),
-            flops_predicted=self._cost(variant.name, config).most(steps),
+            flops_predicted=variant.prior_flops + self._cost(variant.name, config).most(steps),
         )
 
     def trial(self, variant: Variant, trial: Trial, *, limit: float) -> Planned:
@@ -121,7 +121,7 @@ class Planner:
             config=_as_json(variant, config, seed=tuning.seed, steps=steps),
             steps=steps,
             flops_limit=self._bound(variant, limit),
-            flops_predicted=self._cost(variant.name, config).most(steps),
+            flops_predicted=variant.prior_flops + self._cost(variant.name, config).most(steps),
         )
 
     def _stem(self, variant: Variant) -> str:
@@ -137,7 +137,8 @@ class Planner:
         if bound is None:
             return wanted
         may_grow = self._comparison.experiment.flops == "fill"
-        return affordable_steps(variant.name, costs, wanted=wanted, limit=bound, may_grow=may_grow)
+        left = bound - variant.prior_flops
+        return affordable_steps(variant.name, costs, wanted=wanted, limit=left, may_grow=may_grow)
 
     def _cost(self, name: str, config: RunConfig) -> RunCosts:
         key = _cost_key(config)
