@@ -5,6 +5,7 @@ Reading order: ``domains`` (measure), ``records`` (write down).
 
 from drgr.evaluation.domains import DomainScores, evaluate_domains, token_losses
 from drgr.evaluation.records import (
+    ExpertBounds,
     average_mixture,
     evaluation_record,
     layer_record,
@@ -14,6 +15,7 @@ from drgr.evaluation.records import (
 
 __all__ = [
     "DomainScores",
+    "ExpertBounds",
     "average_mixture",
     "evaluate_domains",
     "evaluation_record",
