@@ -359,7 +359,18 @@ class TestErrors:
                 {"routing": {"selection": {"kind": "top-p", "p": 1.5}}},
                 ["routing.selection.p: ", "less than or equal to 1", "got 1.5"],
             ),
-            ({"routing": {"selection": {"kind": "layers"}}}, ["routing.selection.averages: "]),
+            (
+                {"routing": {"selection": {"kind": "layers"}}},
+                ["routing.selection: either averages or both shape and total must be set, got"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers", "shape": "wave"}}},
+                ["routing.selection: either averages or both", "shape wave and total None"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers", "averages": [2], "total": 4}}},
+                ["routing.selection: either averages or both", "total 4; set the others to null"],
+            ),
             (
                 {"robustness": {"penalty": 2.0, "radius": 0.1}},
                 ["robustness: exactly one of penalty and radius", "penalty 2.0 and radius 0.1"],

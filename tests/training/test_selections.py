@@ -29,6 +29,11 @@ KINDS: dict[str, tuple[dict[str, Any], type, tuple[int, int, float | None]]] = {
     "of-experts": ({"kind": "threshold", "per_expert": True}, QuantileSelector, (1, 4, 1.7)),
     "sequence": ({"kind": "sequence"}, SequenceSelector, (1, 4, 1.7)),
     "layers": ({"kind": "layers", "averages": [2.5, 1.5]}, BudgetedSelector, (1, 4, 2.0)),
+    "shape": (
+        {"kind": "layers", "shape": "descending", "total": 5},
+        BudgetedSelector,
+        (1, 4, 2.5),
+    ),
     "progressive": (
         {"kind": "progressive", "first": [5], "switch_step": 2},
         ProgressiveSelector,
@@ -42,6 +47,7 @@ ALLOWED = {
     "threshold": [4 * TOKENS * STEPS] * 2,
     "sequence": [4 * int(1.7 * 32) * STEPS] * 2,
     "layers": [int(2.5 * TOKENS) * STEPS, int(1.5 * TOKENS) * STEPS],
+    "shape": [4 * TOKENS * STEPS, 1 * TOKENS * STEPS],
     "progressive": [
         2 * 5 * TOKENS + 2 * int(1.7 * TOKENS),
         int(1.7 * TOKENS) * STEPS,
@@ -127,6 +133,11 @@ def test_a_stopped_run_goes_on_to_the_bit(
                 }
             },
             r"routing\.selection\.averages must lie within .* routing\.budget in FLOPs",
+        ),
+        (
+            {"kind": "layers", "shape": "wave", "total": 9},
+            {},
+            r"routing\.selection: total must be within num_layers times .* 2 and 8, got 9",
         ),
         (
             {"kind": "progressive", "first": [4, 4, 4], "switch_step": 2},

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from drgr.budgets.schedules import LayerShape
 from drgr.training.field_types import STRICT, Count, Finite, Positive
 
 
@@ -58,13 +59,31 @@ class SequenceSelectionConfig(BaseModel):
 
 
 class LayersConfig(BaseModel):
-    """A budget for each layer, see :func:`drgr.routing.selection.layer_budgets`."""
+    """A budget for each layer, see :func:`drgr.routing.selection.layer_budgets`.
+
+    Either their averages, or a shape over depth and a total, see
+    :func:`drgr.budgets.layer_counts`. Bounds of a token are the budget's.
+    """
 
     model_config = STRICT
 
     kind: Literal["layers"]
-    averages: tuple[Positive, ...]
+    averages: tuple[Positive, ...] | None = None
     """For each MoE layer, lowest first, what takes the place of the budget's average."""
+    shape: LayerShape | None = None
+    total: Count | None = None
+    """Sum over layers of the whole experts a token has on average."""
+
+    @model_validator(mode="after")
+    def _check_given(self) -> "LayersConfig":
+        by_shape = (self.shape is not None, self.total is not None)
+        if by_shape != (self.averages is None,) * 2:
+            raise ValueError(
+                f"either averages or both shape and total must be set, got averages "
+                f"{self.averages}, shape {self.shape} and total {self.total}; set the others to "
+                f"null"
+            )
+        return self
 
 
 class ProgressiveConfig(BaseModel):

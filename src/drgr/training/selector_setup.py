@@ -1,10 +1,10 @@
 """From the settings of budget and selection to what builds each layer's selector."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never, final
 
-from drgr.budgets import TokenBudget, budget_from_flops
+from drgr.budgets import TokenBudget, budget_from_flops, layer_counts
 from drgr.budgets.flops import FlopModel
 from drgr.errors import ConfigError
 from drgr.evaluation import ExpertBounds
@@ -148,9 +148,11 @@ def _has_average(config: TopPConfig | ThresholdConfig | SequenceSelectionConfig)
 
 
 def _layer_budgets(
-    budget: BudgetConfig, config: LayersConfig, flops: FlopModel, num_layers: int
+    config: BudgetConfig, selection: LayersConfig, flops: FlopModel, num_layers: int
 ) -> tuple[TokenBudget, ...]:
-    averages = config.averages
+    if selection.averages is None:
+        return _shaped_budgets(selection, build_budget(config, flops), num_layers)
+    averages = selection.averages
     if len(averages) != num_layers:
         raise ConfigError(
             f"routing.selection.averages must have one entry for each of the {num_layers} MoE "
@@ -158,7 +160,7 @@ def _layer_budgets(
         )
     try:
         return tuple(
-            build_budget(budget.model_copy(update={"average": average}), flops)
+            build_budget(config.model_copy(update={"average": average}), flops)
             for average in averages
         )
     except (ConfigError, ValueError) as error:
@@ -166,6 +168,25 @@ def _layer_budgets(
             f"routing.selection.averages must lie within the bounds of routing.budget, got "
             f"{list(averages)}: {error}"
         ) from error
+
+
+def _shaped_budgets(
+    selection: LayersConfig, budget: TokenBudget, num_layers: int
+) -> tuple[TokenBudget, ...]:
+    # The validator of the settings leaves neither out.
+    shape, total = selection.shape or "uniform", selection.total or 0
+    try:
+        counts = layer_counts(
+            shape,
+            num_layers=num_layers,
+            total=total,
+            # A layer without any expert has no budget.
+            minimum=max(1, budget.minimum),
+            maximum=budget.maximum,
+        )
+    except ValueError as error:
+        raise ConfigError(f"routing.selection: {error}") from error
+    return tuple(replace(budget, average=count) for count in counts)
 
 
 def _progressive(
