@@ -37,6 +37,13 @@ ALTERNATIVES = [
     parse_config({"routing": {"scores": {"kind": "noisy"}}}),
     parse_config({"routing": {"scores": {"kind": "gaussian"}}}),
     parse_config({"routing": {"scores": {"kind": "stochastic"}}}),
+    parse_config({"routing": {"selection": {"kind": "top-p"}}}),
+    parse_config({"routing": {"selection": {"kind": "threshold"}}}),
+    parse_config({"routing": {"selection": {"kind": "sequence"}}}),
+    parse_config({"routing": {"selection": {"kind": "layers", "averages": [1, 2, 3, 2]}}}),
+    parse_config(
+        {"routing": {"selection": {"kind": "progressive", "first": [4], "switch_step": 9}}}
+    ),
     parse_config({"outer": {"solver": {"kind": "cg"}}}),
     parse_config({"outer": {"solver": {"kind": "neumann"}}}),
 ]
@@ -62,6 +69,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.budget.maximum": 8,
     "routing.budget.average": 2.5,
     "routing.scores.kind": "sigmoid",
+    "routing.selection.kind": "sequence",
     "routing.controller.kind": "none",
     "routing.controller.smoothing": 0.5,
     "routing.controller.target": [1.0, 2.0],
@@ -350,6 +358,26 @@ class TestErrors:
             (
                 {"routing": {"traffic": {"measure": False, "coefficient": 0.5}}},
                 ["routing.traffic: coefficient must be 0 where nothing is measured, got 0.5"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "threshold", "level": 0.5, "per_expert": True}}},
+                ["routing.selection: per_expert needs learned thresholds, got level 0.5; set"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "top-p", "p": 1.5}}},
+                ["routing.selection.p: ", "less than or equal to 1", "got 1.5"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers"}}},
+                ["routing.selection: either averages or both shape and total must be set, got"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers", "shape": "wave"}}},
+                ["routing.selection: either averages or both", "shape wave and total None"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers", "averages": [2], "total": 4}}},
+                ["routing.selection: either averages or both", "total 4; set the others to null"],
             ),
             (
                 {"robustness": {"penalty": 2.0, "radius": 0.1}},

@@ -154,17 +154,17 @@ def methods_table(methods: Sequence[Method]) -> Table:
 def evaluation_summary(record: Record) -> str:
     """Returns the lines below the table."""
     budget, trained = record["budget"], record["budget"]["training"]
-    evaluated = budget["evaluation"]
+    evaluated, average = budget["evaluation"], budget["average"]
     lines = [
         f"mean bits per byte    {record['mean_bits_per_byte']:.3f}",
         f"worst domain          {record['worst_domain']} at {record['worst_bits_per_byte']:.3f}",
         f"effective domains     {record['effective_domains']:.2f} of {len(record['domains'])}",
-        f"budget                {budget['minimum']} to {budget['maximum']} experts a token, "
-        f"{budget['average']:g} on average",
+        f"budget                {budget['minimum']} to {budget['maximum']} experts a token"
+        + ("" if average is None else f", {average:g} on average"),
         f"spend in training     {trained['spend']:,} of {trained['budget']:,} assignments, "
         f"{trained['batches_over']} batches over",
         f"spend at evaluation   {evaluated['spend']:,} of {evaluated['budget']:,} assignments "
-        f"({evaluated['spend'] / max(1, evaluated['budget']):.1%}), at the frozen price",
+        f"({evaluated['spend'] / max(1, evaluated['budget']):.1%}), each token by itself",
         f"training FLOPs        {record['flops']:.3e}, of which {record['outer_flops']:.1e} in the "
         "outer loop",
         f"speed                 {record['tokens_per_second']:,.0f} tokens/s",

@@ -12,6 +12,7 @@ from drgr.evaluation.fairness import frequency_groups, gini
 from drgr.evaluation.protocol import ComputeScores, ProtocolSettings, check_subject, measure
 from drgr.evaluation.protocol_record import SCHEMA, protocol_record
 from drgr.evaluation.records import (
+    ExpertBounds,
     average_mixture,
     evaluation_record,
     layer_record,
@@ -34,6 +35,7 @@ __all__ = [
     "AttachedModel",
     "ComputeScores",
     "DomainScores",
+    "ExpertBounds",
     "FlopCounts",
     "Latency",
     "LayerUse",

@@ -3,18 +3,34 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from drgr.budgets import TokenBudget
 from drgr.errors import ConfigError
 from drgr.evaluation.domains import DomainScores
 from drgr.routing import max_violation, min_violation
 
 Json = dict[str, Any]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertBounds:
+    """Experts that a token may have, in any MoE layer.
+
+    Attributes:
+        minimum: Fewest.
+        maximum: Most.
+        average: Mean over layers of their average; ``None`` where nothing holds one.
+    """
+
+    minimum: int
+    maximum: int
+    average: float | None
 
 
 def named(domains: Sequence[str], values: Tensor) -> dict[str, float | None]:
@@ -56,7 +72,7 @@ def evaluation_record(
     split: str,
     step: int,
     layer_names: Sequence[str],
-    budget: TokenBudget,
+    bounds: ExpertBounds,
     training: Json,
 ) -> Json:
     """Describes a final evaluation.
@@ -66,12 +82,12 @@ def evaluation_record(
         split: The split that was evaluated.
         step: Optimizer steps taken by then.
         layer_names: Names of the MoE layers.
-        budget: The budget of each layer, in experts.
+        bounds: Experts that a token may have.
         training: What training leaves: ``train_tokens``, ``adversarial_weight`` and
             ``average_share`` by domain, ``effective_domains``, ``flops``, ``outer_flops``,
             ``seconds``, ``tokens_per_second``, ``budget`` with ``budget``, ``spend`` and
             ``batches_over``, ``exchanged_bytes`` of a step, and for each of the ``layers`` its
-            ``congestion`` and ``domain_traffic``.
+            ``training_budget``, ``training_spend``, ``congestion`` and ``domain_traffic``.
     """
     losses = named(scores.domains, scores.losses)
     bits = named(scores.domains, scores.bits_per_byte)
@@ -108,9 +124,9 @@ def evaluation_record(
         "effective_domains": training["effective_domains"],
         "budget": {
             "unit": "experts",
-            "minimum": budget.minimum,
-            "maximum": budget.maximum,
-            "average": float(budget.average),
+            "minimum": bounds.minimum,
+            "maximum": bounds.maximum,
+            "average": None if bounds.average is None else float(bounds.average),
             "training": training["budget"],
             "evaluation": {"budget": scores.limit, "spend": scores.spend},
         },

@@ -11,9 +11,11 @@ really took is recorded in its evaluation, and checked against the limit.
 from dataclasses import dataclass
 from typing import assert_never, final
 
+from drgr.budgets import TokenBudget
 from drgr.budgets.flops import FORWARD_PASSES_PER_STEP, forward_flops, training_flops
 from drgr.data import Corpus
 from drgr.errors import ConfigError
+from drgr.evaluation import ExpertBounds
 from drgr.training import RunConfig, RunObjects, build_run, override
 from drgr.training.outer_config import CGConfig, NeumannConfig, NoSolverConfig, OuterConfig
 
@@ -94,7 +96,8 @@ def measure_costs(config: RunConfig, corpus: Corpus) -> RunCosts:
     settings, length = config.training, config.data.sequence_length
     tokens = settings.batch_size * length
     # A micro-batch has a budget of its own, in whole assignments.
-    spend = settings.accumulation * run.budget.total(tokens // settings.accumulation)
+    budget = _budget(run.bounds)
+    spend = settings.accumulation * budget.total(tokens // settings.accumulation)
     step = training_flops(
         run.flops,
         tokens=tokens,
@@ -151,10 +154,17 @@ def _products(outer: OuterConfig) -> int:
             assert_never(outer.solver)
 
 
+def _budget(bounds: ExpertBounds) -> TokenBudget:
+    """Returns what a run may spend: the most that a token may have where nothing holds a mean."""
+    average = float(bounds.maximum) if bounds.average is None else bounds.average
+    return TokenBudget(minimum=bounds.minimum, maximum=bounds.maximum, average=average)
+
+
 def _passes(run: RunObjects, *, windows: int, passes: int, begin: int, every: int) -> Recurring:
     length = run.settings.sequence_length
     tokens = len(run.corpus.domains) * windows * length
-    average, budget = float(run.budget.average), run.budget
+    budget = _budget(run.bounds)
+    average = budget.average
     shares = (
         max(budget.minimum, _LEAST_SPEND * average),
         min(budget.maximum, _MOST_SPEND * average),

@@ -138,7 +138,7 @@ def _record(run: RunObjects, state: LoopState, scores: DomainScores, *, split: s
         split=split,
         step=state.step,
         layer_names=run.attachment.layer_names,
-        budget=run.budget,
+        bounds=run.bounds,
         training=_training_summary(run, state),
     )
 
@@ -178,9 +178,13 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
         "exchanged_bytes": run.exchanged_bytes(float(state.total.spend.sum() / state.step)),
         "layers": [
             {
+                "training_budget": int(limit),
+                "training_spend": int(spend),
                 "congestion": congested(traffic, None),
                 "domain_traffic": dict(zip(domains, traffic.tolist(), strict=True)),
             }
-            for traffic in state.total.traffic / state.step
+            for limit, spend, traffic in zip(
+                state.total.limit, state.total.spend, state.total.traffic / state.step, strict=True
+            )
         ],
     }

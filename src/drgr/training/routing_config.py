@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field, model_validator
 from drgr.routing import SinkhornCost
 from drgr.training.field_types import STRICT, Count, NotNegative, Positive, Share
 from drgr.training.scores_config import ModelScoresConfig, ScoresConfig
+from drgr.training.selection_config import BudgetSelectionConfig, SelectionConfig
 
 
 class BudgetConfig(BaseModel):
@@ -173,9 +174,12 @@ class RoutingConfig(BaseModel):
     scores: ScoresConfig = ModelScoresConfig()
     """What an expert suits a token; by default what the model's router says."""
     controller: ControllerConfig = QuantileConfig()
+    selection: SelectionConfig = BudgetSelectionConfig()
+    """Which of a token's experts run; the bounds of a token are the budget's in all of them."""
     auxiliary_coefficient: NotNegative = 0.0
     """Weight of the Switch load-balancing loss, averaged over layers."""
     price_smoothing: Share = 0.9
+    """Share of the old price, or learned threshold, of an extra expert that a step keeps."""
     traffic: TrafficConfig = TrafficConfig()
     link_gates: bool = False
     """Whether each link (domain, expert) has a gate, all open and 1 to begin with; what moves them

@@ -74,7 +74,8 @@ class StepTotals:
         traffic: Gradient traffic by layer, domain and expert in nats per unit of an expert's
             output, shape ``(L, G, E)``; 0 where it is not measured.
         limit: Assignments allowed by layer, shape ``(L,)``.
-        over: Selections that exceeded their limit, scalar. Always 0.
+        over: Selections that exceeded their limit, scalar. 0 where the selection holds a budget, as
+            all do but a learned threshold.
         objective: Sum over steps of the weighted loss in nats, scalar.
         auxiliary: Sum over steps of the weighted load-balancing loss, scalar.
         gradient_norm: Sum over steps of the gradient's norm before clipping, scalar.
