@@ -65,9 +65,7 @@ def written_out(plan, tensors):
 
 def output_and_gradients(output, tensors, *, seed=1):
     direction = torch.randn(output.shape, generator=torch.Generator().manual_seed(seed))
-    gradients = torch.autograd.grad(
-        output, tensors, direction.to(output.dtype), materialize_grads=True
-    )
+    gradients = torch.autograd.grad(output, tensors, direction.to(output), materialize_grads=True)
     return dict(zip(("output", *NAMES), (output.detach(), *gradients), strict=True))
 
 
@@ -266,3 +264,21 @@ def test_the_shared_expert_is_its_formula(has_gate):
         if has_gate:
             expected = expected / (1 + (-(shared.gate.weight[0] @ row)).exp())
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("width", [32, 30])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype, width):
+    """By grouped products, or one by one where dtype or width are not theirs."""
+    sizes = {"tokens": 200, "experts": 8, "top_k": 3, "width": width, "inner": 16}
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-2, torch.bfloat16: 5e-2}[dtype]
+    for share in (0.0, 0.5, 1.0):
+        plan, tensors = problem(**sizes, share=share, dtype=dtype)
+        expected = output_and_gradients(run(reference_experts, plan, tensors), tensors)
+        parts = tuple(tensor.detach().cuda().requires_grad_() for tensor in tensors)
+        placed = plan_of(plan.expert_ids.cuda(), parts[1], plan.keep.cuda(), 8)
+        mine = output_and_gradients(run(grouped_experts, placed, parts), parts)
+        for name, value in expected.items():
+            error = float((mine[name].cpu() - value).norm() / value.norm().clamp_min(1e-6))
+            assert error <= tolerance, (name, share, error)

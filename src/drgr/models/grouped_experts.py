@@ -9,7 +9,6 @@ gives its own gradient in the backward pass without the output:
           h_{tk} \rangle, \qquad h_{tk} = \operatorname{silu}(G_e x_t) \odot U_e x_t .
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -82,12 +81,9 @@ class _Groups:
     token: Tensor
     sizes: list[int]
 
-    def slices(self) -> Iterator[slice]:
-        """Yields the rows of each expert."""
-        start = 0
-        for size in self.sizes:
-            yield slice(start, start + size)
-            start += size
+    def split(self, *rows: Tensor) -> list[tuple[Tensor, ...]]:
+        """Splits tensors with a row for each assignment into the parts of the experts."""
+        return [part.split(self.sizes) for part in rows]
 
 
 def _grouped_by_expert(plan: RoutingPlan, num_experts: int) -> tuple[_Groups, Tensor]:
@@ -149,13 +145,16 @@ class _Grouped(torch.autograd.Function):
         width = down.shape[2]
         total = torch.zeros_like(hidden, dtype=_sum_dtype(hidden))
         products = hidden.new_empty(groups.token.shape[0], 2 * width)
-        for expert, mine in enumerate(groups.slices()):
-            token, product = groups.token[mine], products[mine]
-            torch.mm(hidden.index_select(0, token), gate_up[expert].t(), out=product)
-            inner = F.silu(product[:, :width]).mul_(product[:, width:])
-            inner.mul_(weights[mine].unsqueeze(1))
-            output = torch.mm(inner, down[expert].t())
-            total.index_add_(0, token, output.to(total.dtype))
+        for mine, weight, product, inner_matrix, outer_matrix in zip(
+            *groups.split(groups.token, weights.unsqueeze(1), products),
+            *(gate_up.unbind(0), down.unbind(0)),
+            strict=True,
+        ):
+            torch.mm(hidden.index_select(0, mine), inner_matrix.t(), out=product)
+            gate, up = product.chunk(2, dim=1)
+            inner = F.silu(gate).mul_(up).mul_(weight)
+            output = torch.mm(inner, outer_matrix.t())
+            total.index_add_(0, mine, output.to(total.dtype))
         return total.to(hidden.dtype), products
 
     @staticmethod
@@ -193,28 +192,28 @@ def _gradients(
     # Each matrix is written once, also that of an expert without tokens: a product of no rows is 0.
     into_gate_up = torch.empty_like(gate_up) if needed[2] else None
     into_down = torch.empty_like(down) if needed[3] else None
-    for expert, mine in enumerate(groups.slices()):
-        token, weight = groups.token[mine], weights[mine].unsqueeze(1)
-        gate, up = products[mine].chunk(2, dim=1)
+    parts = groups.split(groups.token, weights.unsqueeze(1), products, into_weights)
+    for expert, (mine, weight, product, into_weight) in enumerate(zip(*parts, strict=True)):
+        gate, up = product.chunk(2, dim=1)
         activated = F.silu(gate)
         inner = activated * up
-        into_output = gradient.index_select(0, token)
+        into_output = gradient.index_select(0, mine)
         into_inner = torch.mm(into_output, down[expert])
-        into_weights[mine] = torch.linalg.vecdot(into_inner, inner)
+        torch.linalg.vecdot(into_inner, inner, out=into_weight)
         into_inner.mul_(weight)
         if into_down is not None:
             torch.mm(into_output.t(), inner.mul_(weight), out=into_down[expert])
-        into_product = torch.empty_like(products[mine])
+        into_product = torch.empty_like(product)
         into_gate, into_up = into_product.chunk(2, dim=1)
         torch.mul(into_inner, activated, out=into_up)
         into_inner.mul_(up)
         torch.ops.aten.silu_backward.grad_input(into_inner, gate, grad_input=into_gate)
         if into_gate_up is not None:
-            rows = hidden.index_select(0, token)
+            rows = hidden.index_select(0, mine)
             torch.mm(into_product.t(), rows, out=into_gate_up[expert])
         if into_hidden is not None:
             into_rows = torch.mm(into_product, gate_up[expert])
-            into_hidden.index_add_(0, token, into_rows.to(into_hidden.dtype))
+            into_hidden.index_add_(0, mine, into_rows.to(into_hidden.dtype))
     if into_hidden is not None:
         into_hidden = into_hidden.to(hidden.dtype)
     return into_hidden, into_weights, into_gate_up, into_down

@@ -106,11 +106,50 @@ class MoELayer(nn.Module):
             real = valid.reshape(-1)
             tokens = torch.where(real.unsqueeze(1), tokens, 0.0)
         length = hidden.shape[-2] if hidden.dim() > 2 else None
-        routing = self._route(tokens, real, length)
+        routing = self.route(tokens, valid=real, sequence_length=length)
         output: Tensor = self.experts(tokens, routing.plan)
         if self.shared is not None:
             output = output + self.shared(tokens)
         return output.view(hidden.shape), routing
+
+    def route(
+        self, tokens: Tensor, *, valid: Tensor | None = None, sequence_length: int | None = None
+    ) -> LayerRouting:
+        """Decides who processes each token, without processing any.
+
+        Args:
+            tokens: Shape ``(T, D)``; rows of padding must be finite.
+            valid: Which tokens are real, bool, shape ``(T,)``; ``None`` where all are.
+            sequence_length: Tokens of each sequence, padding included; ``None`` where not known.
+        """
+        read: RouterScores = self.scorer(tokens, self.router.weight)
+        values = self.policy.price_scores(read.selectable)
+        selection = self.policy.select(
+            values,
+            scores=read.scores,
+            valid=valid,
+            exact=self.training,
+            is_open=read.is_open,
+            sequence_length=sequence_length,
+        )
+        expert_ids, keep = selection.expert_ids, selection.keep
+        plan = RoutingPlan(
+            expert_ids=expert_ids,
+            combine_weights=self.scorer.weights(read.scores, expert_ids, keep),
+            keep=keep,
+            expert_load=expert_load(expert_ids, keep, self.experts.num_experts),
+        )
+        return LayerRouting(
+            name=self.name,
+            scores=read.scores,
+            values=values,
+            plan=plan,
+            selection=selection,
+            valid=valid,
+            logits=read.logits,
+            sequence_length=sequence_length,
+            hidden=tokens.detach() if self.scorer.observes else None,
+        )
 
     def observe(self, routing: LayerRouting) -> None:
         """Shows the record of one training micro-batch to policy and scorer."""
@@ -129,34 +168,3 @@ class MoELayer(nn.Module):
     def set_extra_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Restores the prices, for ``load_state_dict``."""
         self.policy.load_state_dict(state)
-
-    def _route(self, tokens: Tensor, valid: Tensor | None, length: int | None) -> LayerRouting:
-        """Scores the tokens and selects their experts."""
-        read: RouterScores = self.scorer(tokens, self.router.weight)
-        values = self.policy.price_scores(read.selectable)
-        selection = self.policy.select(
-            values,
-            scores=read.scores,
-            valid=valid,
-            exact=self.training,
-            is_open=read.is_open,
-            sequence_length=length,
-        )
-        expert_ids, keep = selection.expert_ids, selection.keep
-        plan = RoutingPlan(
-            expert_ids=expert_ids,
-            combine_weights=self.scorer.weights(read.scores, expert_ids, keep),
-            keep=keep,
-            expert_load=expert_load(expert_ids, keep, self.experts.num_experts),
-        )
-        return LayerRouting(
-            name=self.name,
-            scores=read.scores,
-            values=values,
-            plan=plan,
-            selection=selection,
-            valid=valid,
-            logits=read.logits,
-            sequence_length=length,
-            hidden=tokens.detach() if self.scorer.observes else None,
-        )
