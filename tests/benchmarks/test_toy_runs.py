@@ -277,3 +277,26 @@ def test_skew(run_script):
     assert result["cost"]["ratio_to_none"]["none"] == 1
     assert {row["status"] for row in result["known"]["transport"]} <= {"CONVERGED", "MAX_STEPS"}
     assert all(isinstance(kept, bool) for kept in result["claims"].values())
+
+
+def test_moe_layer(run_script):
+    result = run_script(
+        "benchmarks.moe_layer.run",
+        *("--tokens", "64", "--rounds", "1", "--threads", "1", "--shapes", "0", "2"),
+    )
+    agree, *_ = result["claims"].values()
+    assert agree
+    assert [row["experts"] for row in result["shapes"]] == [8, 64]
+    for row in result["shapes"]:
+        assert all(0 < share < 1.5 for share in row["share_of_bound"].values())
+        assert row["throughput_ratio"]["median"] > 0
+
+
+def test_routing_cost(run_script):
+    result = run_script(
+        "benchmarks.routing_cost.run",
+        *("--tokens", "64", "--experts", "8", "--top-k", "2", "--width", "16", "--rounds", "1"),
+    )
+    assert len(result["rows"]) == 2 * 13
+    assert all(row["share"]["median"] > 0 for row in result["rows"])
+    assert set(result["slow"]) <= {row["controller"] for row in result["rows"]}
