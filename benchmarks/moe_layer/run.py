@@ -6,10 +6,13 @@ matrix products of the experts would take at the best rate of ``F.linear`` in th
 of a round are taken in turn: CPU seconds of the process with one thread, which other work on the
 machine disturbs least; wall seconds with more. Ratios are of one round each; their median counts.
 
-    python -m benchmarks.moe_layer.run
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.moe_layer.run
+
+(A thread that waits actively takes the processor from what it waits for where others use it too.)
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -168,10 +171,12 @@ def claims(rows: list[dict[str, Any]]) -> dict[str, bool]:
         f"outputs and input gradients agree within {TOLERANCE:g}": all(
             row["relative_difference"] < TOLERANCE for row in rows
         ),
-        f"throughput at least {LEAST_RATIO} of the grouped_mm block on every shape": (
-            min(ratios) >= LEAST_RATIO
+        f"throughput at least {LEAST_RATIO} of the grouped_mm block on every shape": all(
+            ratio >= LEAST_RATIO for ratio in ratios
         ),
-        f"no shape under {LEAST_SHARE} of the bound, one thread": min(shares) >= LEAST_SHARE,
+        f"no shape under {LEAST_SHARE} of the bound, one thread": all(
+            share >= LEAST_SHARE for share in shares
+        ),
     }
 
 
@@ -212,6 +217,7 @@ def main() -> None:
         "tokens": arguments.tokens,
         "rounds": arguments.rounds,
         "dtype": "float32",
+        "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "shapes": rows,
     }
     write_result(arguments.output, environment, content)
