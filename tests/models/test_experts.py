@@ -98,6 +98,15 @@ def test_values_and_gradients_are_those_of_the_formula(compute, sizes):
     assert_close(mine, expected, 1e-12)
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_experts_of_more_than_one_block_of_rows(top_k):
+    plan, tensors = problem(tokens=700, experts=3, top_k=top_k, share=0.9)
+    plan.expert_ids[:, 0] = 1
+    expected = output_and_gradients(run(reference_experts, plan, tensors), tensors)
+    mine = output_and_gradients(run(grouped_experts, plan, tensors), tensors)
+    assert_close(mine, expected, 1e-12)
+
+
 @PATHS
 def test_single_precision(compute):
     sizes = {"tokens": 200, "experts": 8, "top_k": 3, "width": 32, "inner": 24}
@@ -227,8 +236,10 @@ def test_the_module_computes_with_its_weights(compute):
 def test_shapes_that_do_not_fit_are_named():
     experts = GatedExperts(4, width=5, expert_width=3, dtype=torch.float64)
     plan, (hidden, *_) = problem()
-    with pytest.raises(ValueError, match=r"hidden must have shape \('any', 5\), got \(9, 4\)"):
+    with pytest.raises(ValueError, match=r"hidden must have shape \(9, 5\), got \(9, 4\)"):
         experts(hidden[:, :4], plan)
+    with pytest.raises(ValueError, match=r"hidden must have shape \('any', 'any'\), got \(5,\)"):
+        experts(hidden[0], plan)
     with pytest.raises(ValueError, match=r"plan.expert_ids must have shape \(8, 'any'\)"):
         experts(hidden[:8], plan)
     with pytest.raises(ValueError, match=r"plan.keep must have shape \(9, 2\), got \(9, 1\)"):

@@ -326,6 +326,8 @@ def test_what_does_not_fit_is_named():
         layer(draw(5, 7))
     with pytest.raises(ValueError, match=r"valid must have shape \(2, 5\), got \(10,\)"):
         layer(draw(2, 5, 8), valid=torch.ones(10, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"dtype of the experts, got torch.float32 for .*float64"):
+        layer(draw(5, 8).float())
     experts = GatedExperts(6, width=8, expert_width=5)
     selector = BudgetedSelector(BUDGET)
     with pytest.raises(ValueError, match=r"prices must have shape \(6,\), got \(5,\)"):

@@ -74,6 +74,15 @@ class GatedExperts(nn.Module):
             bound = 1 / math.sqrt(weight.shape[2])
             nn.init.uniform_(weight, -bound, bound)
 
+    def check_tokens(self, hidden: Tensor) -> None:
+        """Raises ``ValueError`` unless tokens ``(..., D)`` are of this width and dtype."""
+        check_shape("hidden", hidden, (*hidden.shape[:-1], self.width))
+        if hidden.dtype != self.down.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(
+                f"hidden must have the dtype of the experts, got {hidden.dtype} for "
+                f"{self.down.dtype}; convert one of them, or use torch.autocast"
+            )
+
     def forward(self, hidden: Tensor, plan: RoutingPlan) -> Tensor:
         """Adds up the weighted outputs of each token's experts.
 
@@ -88,15 +97,11 @@ class GatedExperts(nn.Module):
             ValueError: If ``hidden`` or the plan is of another shape, or ``hidden`` has not the
                 dtype of the experts and there is no autocast.
         """
-        check_shape("hidden", hidden, (None, self.width))
+        self.check_tokens(hidden)
+        check_shape("hidden", hidden, (None, None))
         check_shape("plan.expert_ids", plan.expert_ids, (hidden.shape[0], None))
         for name in ("keep", "combine_weights"):
             check_shape(f"plan.{name}", getattr(plan, name), plan.expert_ids.shape)
-        if hidden.dtype != self.down.dtype and not torch.is_autocast_enabled(hidden.device.type):
-            raise ValueError(
-                f"hidden must have the dtype of the experts, got {hidden.dtype} for "
-                f"{self.down.dtype}; convert one of them, or use torch.autocast"
-            )
         return self._compute(hidden, plan, self.gate_up, self.down)
 
 

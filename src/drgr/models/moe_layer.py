@@ -93,12 +93,13 @@ class MoELayer(nn.Module):
             token without experts gets the output of the shared expert only, or 0.
 
         Raises:
-            ValueError: If ``hidden`` or ``valid`` is of another shape.
+            ValueError: If ``hidden`` or ``valid`` is of another shape, or ``hidden`` has not the
+                dtype of the experts and there is no autocast.
 
         Complexity:
             That of the selection, of ``E D`` a token, and of the experts that run.
         """
-        check_shape("hidden", hidden, (*hidden.shape[:-1], self.experts.width))
+        self.experts.check_tokens(hidden)
         tokens = hidden.reshape(-1, self.experts.width)
         real = None
         if valid is not None:
