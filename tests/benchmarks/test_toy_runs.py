@@ -294,3 +294,26 @@ def test_static_budget(run_script):
         assert row["loss"] >= row["best"] * (1 - 1e-9)
     assert result["unequal"][-1]["lower_bound"] <= result["unequal"][-1]["best"] * (1 + 1e-9)
     assert result["cost"]["1024 experts"]["seconds_per_sample"] > 0
+
+
+def test_moe_layer(run_script):
+    result = run_script(
+        "benchmarks.moe_layer.run",
+        *("--tokens", "64", "--rounds", "1", "--threads", "1", "--shapes", "0", "2"),
+    )
+    agree, *_ = result["claims"].values()
+    assert agree
+    assert [row["experts"] for row in result["shapes"]] == [8, 64]
+    for row in result["shapes"]:
+        assert all(0 < share < 1.5 for share in row["share_of_bound"].values())
+        assert row["throughput_ratio"]["median"] > 0
+
+
+def test_routing_cost(run_script):
+    result = run_script(
+        "benchmarks.routing_cost.run",
+        *("--tokens", "64", "--experts", "8", "--top-k", "2", "--width", "16", "--rounds", "1"),
+    )
+    assert len(result["rows"]) == 2 * 13
+    assert all(row["share"]["median"] > 0 for row in result["rows"])
+    assert set(result["slow"]) <= {row["controller"] for row in result["rows"]}
