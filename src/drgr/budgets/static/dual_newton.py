@@ -62,7 +62,7 @@ def minimize_dual(
     while bool((point.residual.abs() > allowance).any()):
         if steps >= max_steps:
             break
-        move = _bounded_newton_step(point, reach, allowance)
+        move = _bounded_newton_step(point, reach)
         found, halvings = _shorter_until_better(logits, directions, goals, point, move)
         steps += halvings + 1
         if found is None:
@@ -86,13 +86,11 @@ def _evaluate(logits: Tensor, directions: Tensor, goals: Tensor, shifts: Tensor)
     )
 
 
-def _bounded_newton_step(point: _Point, reach: float, allowance: Tensor) -> Tensor:
+def _bounded_newton_step(point: _Point, reach: float) -> Tensor:
     curvature, axes = torch.linalg.eigh(point.hessian)
     slope = axes.T @ point.residual
-    # Where budgets repeat each other the slope across is rounding, and a step along it drifts off.
-    matters = slope.abs() > allowance.min() / (2 * len(slope) ** 0.5)
     floor = (_FLAT * curvature[-1]).clamp(min=torch.finfo(curvature.dtype).tiny)
-    along: Tensor = torch.where(matters, -slope / torch.maximum(curvature, floor), 0.0)
+    along: Tensor = -slope / torch.maximum(curvature, floor)
     move: Tensor = axes @ along.clamp(min=-reach, max=reach)
     return move
 
