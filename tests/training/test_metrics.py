@@ -34,6 +34,7 @@ TRAIN = {
     "loss": NUMBER,
     "objective": NUMBER,
     "auxiliary_loss": NUMBER,
+    "routing_losses": {"router-z": {"value": NUMBER, "coefficient": NUMBER}},
     "domain_loss": {"*": "number or null"},
     "domain_tokens": COUNTS_BY_DOMAIN,
     "sampling": BY_DOMAIN,
@@ -158,6 +159,7 @@ def run_path(runs: ModuleType, corpus: Corpus, tmp_path_factory):
         robustness__apply_to="nothing",
         robustness__penalty=0.01,
         robustness__alarm_below=3.9,
+        routing__losses=[{"kind": "router-z", "coefficient": 1e-3}],
         training__log_every=5,
         training__steps=11,
     )

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from drgr._checks import check_shape
 from drgr.integrations.transformers.attached_layer import AttachedLayer, replayed
+from drgr.integrations.transformers.expert_gates import expert_gates
 from drgr.integrations.transformers.experts import IMPLEMENTATION
 from drgr.integrations.transformers.padding import padding_mask
 from drgr.integrations.transformers.sources import (
@@ -89,6 +90,22 @@ class Attachment:
     def width(self) -> int:
         """Width ``D`` of a token's vector, as experts receive it."""
         return self._layers[0].site.width
+
+    @property
+    def router_weights(self) -> tuple[Tensor, ...]:
+        """The router rows of each layer, shape ``(E, D)``."""
+        return tuple(layer.site.router.get_parameter("weight") for layer in self._layers)
+
+    def coupled_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns the router rows of each layer and its experts' gate projections.
+
+        Shapes ``(E, d)`` and ``(E, D, d)``; gradients reach the parameters of both.
+
+        Raises:
+            UnknownRouterError: If the experts have no gate projection that can be told.
+        """
+        gates = [expert_gates(layer.site.experts, layer.site.name) for layer in self._layers]
+        return list(zip(self.router_weights, gates, strict=True))
 
     @property
     def open_links(self) -> Tensor | None:
