@@ -18,6 +18,14 @@ LAYER = {
     "load": [COUNT],
     "max_violation": NUMBER,
     "min_violation": NUMBER,
+    "mean_violation": NUMBER,
+    "dead_experts": COUNT,
+}
+EVALUATED = LAYER | {
+    "overload_factor": NUMBER,
+    "load_percentiles": dict.fromkeys(("5", "25", "50", "75", "95"), NUMBER),
+    "routing_entropy": NUMBER,
+    "router_similarity": NUMBER,
 }
 OPEN = {"open_links": "number or null"}
 BY_DOMAIN, COUNTS_BY_DOMAIN = {"*": NUMBER}, {"*": COUNT}
@@ -61,6 +69,7 @@ VALIDATION = {
     "worst_bits_per_byte": NUMBER,
     "budget": COUNT,
     "spend": COUNT,
+    "layers": [EVALUATED],
 }
 OUTER = {
     "kind": TEXT,
@@ -112,7 +121,7 @@ EVALUATION = {
     },
     "exchanged_bytes": {"forward": NUMBER, "backward": NUMBER},
     "layers": [
-        LAYER
+        EVALUATED
         | {"domain_load": {"*": [COUNT]}, "congestion": NUMBER, "domain_traffic": {"*": [NUMBER]}}
     ],
 }

@@ -64,7 +64,6 @@ def _evaluate(run: RunObjects, state: LoopState, *, split: str, max_windows: int
         scores,
         split=split,
         step=state.step,
-        layer_names=run.attachment.layer_names,
         budget=run.budget,
         training=_training_summary(run, state),
     )
