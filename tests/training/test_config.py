@@ -28,6 +28,7 @@ LOSSES: list[dict[str, Any]] = [
     {"kind": "activation-locality", "sharpness": 10.0},
     {"kind": "chunk-sparsity", "chunk_length": 8, "adaptive": {"warmup": 20, "window": 5}},
     {"kind": "expert-router-coupling", "tolerance": 0.5, "noise": False},
+    {"kind": "expert-specialisation"},
     {"kind": "layer-coupling"},
     {"kind": "pool-balance"},
 ]

@@ -126,6 +126,15 @@ class ExpertRouterCouplingConfig(_LossConfig):
     """Whether router rows are perturbed, anew in each step."""
 
 
+class ExpertSpecialisationConfig(_LossConfig):
+    """See :func:`drgr.routing.expert_specialisation_loss`.
+
+    It needs memory for what the experts of each token compute inside.
+    """
+
+    kind: Literal["expert-specialisation"]
+
+
 class LayerCouplingConfig(_LossConfig):
     """See :func:`drgr.routing.layer_coupling_loss`."""
 
@@ -150,6 +159,7 @@ LossConfig = Annotated[
     | ActivationLocalityConfig
     | ChunkSparsityConfig
     | ExpertRouterCouplingConfig
+    | ExpertSpecialisationConfig
     | LayerCouplingConfig
     | PoolBalanceConfig,
     Field(discriminator="kind"),

@@ -14,6 +14,7 @@ from drgr.routing import (
     activation_locality_term,
     chunk_sparsity_term,
     expert_router_coupling_term,
+    expert_specialisation_term,
     global_balance_term,
     layer_coupling_term,
     micro_balance_term,
@@ -29,6 +30,7 @@ from drgr.training.losses_config import (
     ActivationLocalityConfig,
     ChunkSparsityConfig,
     ExpertRouterCouplingConfig,
+    ExpertSpecialisationConfig,
     GlobalBalanceConfig,
     LayerCouplingConfig,
     LossConfig,
@@ -56,6 +58,7 @@ _TERMS: Mapping[type, Callable[..., Tensor]] = {
     ActivationLocalityConfig: activation_locality_term,
     ChunkSparsityConfig: chunk_sparsity_term,
     ExpertRouterCouplingConfig: expert_router_coupling_term,
+    ExpertSpecialisationConfig: expert_specialisation_term,
 }
 """The losses of one layer."""
 
@@ -93,6 +96,7 @@ def build_losses(config: RoutingConfig, attachment: Attachment, *, seed: int) ->
         seed=seed,
         couples_weights=bool(coupling),
         has_noise=any(loss.noise for loss in coupling),
+        needs_activations=any(isinstance(loss, ExpertSpecialisationConfig) for loss in losses),
     )
 
 

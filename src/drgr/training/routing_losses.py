@@ -1,6 +1,7 @@
 """The losses of routing that a run adds to its objective, and their coefficients."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from drgr.integrations.transformers import Attachment
+from drgr.integrations.transformers import Attachment, ExpertActivations
 from drgr.routing import (
     AdaptiveWeight,
     CoupledWeights,
@@ -52,6 +53,7 @@ class RoutingLosses:
         seed: Seed of the noise on router rows.
         couples_weights: Whether a loss needs the weights of routers and experts.
         has_noise: Whether router rows are perturbed for it.
+        needs_activations: Whether a loss needs what experts compute inside.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class RoutingLosses:
         seed: int = 0,
         couples_weights: bool = False,
         has_noise: bool = False,
+        needs_activations: bool = False,
     ) -> None:
         self._terms, self._joint_terms = tuple(terms), tuple(joint_terms)
         self._weights = [weight for weight, _ in (*self._terms, *self._joint_terms)]
         self._seed = seed
         self._couples_weights, self._has_noise = couples_weights, has_noise
+        self._needs_activations = needs_activations
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -78,12 +82,19 @@ class RoutingLosses:
         """Coefficients of the next step, in the order of :attr:`names`."""
         return tuple(weight.value for weight in self._weights)
 
+    def watch(
+        self, attachment: Attachment
+    ) -> AbstractContextManager[Sequence[ExpertActivations] | None]:
+        """Records what the losses need of the forward pass inside, beside its routing."""
+        return attachment.record_activations() if self._needs_activations else nullcontext()
+
     def of_micro_batch(
         self,
         records: Sequence[LayerRouting],
         step_loads: Tensor,
         attachment: Attachment,
         *,
+        activations: Sequence[ExpertActivations] | None,
         step: int,
         group: ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
@@ -94,6 +105,7 @@ class RoutingLosses:
             step_loads: Assignments by layer and expert on this process in the step so far, this
                 micro-batch included, shape ``(L, E)``.
             attachment: The attachment of the model.
+            activations: What :meth:`watch` recorded.
             step: Number of steps taken before; determines the noise.
             group: Processes that share the batch.
 
@@ -102,6 +114,9 @@ class RoutingLosses:
             :attr:`names`, float64. The means of both over processes are those of the whole batch.
         """
         weights = self._coupled_weights(attachment, step)
+        inside = (
+            [None] * len(records) if activations is None else [a.by_token() for a in activations]
+        )
         layers = [
             LossInputs(
                 scores=routing.scores,
@@ -112,8 +127,11 @@ class RoutingLosses:
                 step_load=load,
                 sequence_length=routing.sequence_length,
                 weights=coupled,
+                activations=inner,
             )
-            for routing, load, coupled in zip(records, step_loads, weights, strict=True)
+            for routing, load, coupled, inner in zip(
+                records, step_loads, weights, inside, strict=True
+            )
         ]
         return routing_loss(
             layers,

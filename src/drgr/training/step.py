@@ -151,6 +151,7 @@ def _micro_batch(
         with (
             attachment.from_source(domain),
             attachment.record() as records,
+            settings.losses.watch(attachment) as activations,
             _traffic(attachment, settings, sums) as traffic,
         ):
             output: Any = forward_model(input_ids=batch.input_ids.to(device), use_cache=False)
@@ -168,7 +169,12 @@ def _micro_batch(
     attachment.observe(records)
     # Outside of autocast: products of losses stay in the precision of their inputs.
     auxiliary, values = settings.losses.of_micro_batch(
-        records, sums.load, attachment, step=step, group=settings.group
+        records,
+        sums.load,
+        attachment,
+        activations=activations,
+        step=step,
+        group=settings.group,
     )
     auxiliary = auxiliary / settings.accumulation
     # Data parallelism averages gradients over processes; the objective is a sum over them.

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from drgr._checks import check_shape
 from drgr.integrations.transformers.attached_layer import AttachedLayer, replayed
 from drgr.integrations.transformers.expert_gates import expert_gates
-from drgr.integrations.transformers.experts import IMPLEMENTATION
+from drgr.integrations.transformers.experts import IMPLEMENTATION, ExpertActivations
 from drgr.integrations.transformers.padding import padding_mask
 from drgr.integrations.transformers.sources import (
     Source,
@@ -187,6 +187,27 @@ class Attachment:
             yield records
         finally:
             self._records.remove(records)
+
+    @contextmanager
+    def record_activations(self) -> Iterator[list[ExpertActivations]]:
+        """Yields a list that receives what experts compute inside, one entry a layer and pass.
+
+        Recomputation under gradient checkpointing adds nothing to it. Do not nest it.
+        """
+        seen: list[ExpertActivations] = []
+
+        def watch(activations: ExpertActivations) -> None:
+            # Kept as it is: under checkpointing, any operation here would have to run again.
+            if not _is_recomputed():
+                seen.append(activations)
+
+        for layer in self._layers:
+            layer.site.experts.watch_activations = watch
+        try:
+            yield seen
+        finally:
+            for layer in self._layers:
+                del layer.site.experts.watch_activations
 
     def replay(self, records: list[LayerRouting]) -> AbstractContextManager[None]:
         """Routes passes over the same batch as a recorded one; weights follow from new scores."""
