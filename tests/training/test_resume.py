@@ -61,6 +61,17 @@ VARIANTS = {
         "robustness__uniform_share": 0.01,
         "robustness__losses": "train",
     },
+    "losses-adaptive": {
+        "routing__losses": [
+            {
+                "kind": "chunk-sparsity",
+                "coefficient": 0.1,
+                "chunk_length": 8,
+                "adaptive": {"warmup": 4, "window": 2},
+            },
+            {"kind": "expert-router-coupling", "coefficient": 0.1},
+        ],
+    },
     "auxiliary-accumulation": {
         "routing__controller": {"kind": "none"},
         "routing__auxiliary_coefficient": 0.01,

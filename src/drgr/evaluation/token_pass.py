@@ -21,6 +21,7 @@ from drgr.errors import DataError, NonFiniteLossError
 from drgr.evaluation.domains import DomainScores, token_losses
 from drgr.evaluation.fairness import frequency_groups
 from drgr.evaluation.subject import LayerUse, Subject
+from drgr.routing import router_similarity
 
 NUM_DECILES = 10
 TOKEN_LIMIT = 1 << 22
@@ -285,15 +286,21 @@ class _Totals:
 
         ratios = [corpus.bytes_per_token(split, domain) for domain in corpus.domains]
         load, num_tokens = total(self._load), total(self._num_tokens)
+        entropy_sums, sites = total(self._entropy_sums), self._subject.sites
         has_budget = self._subject.has_budget
         # A process may have had no batch at all.
         num_candidates = self._most(group)
         return TokenScores(
             domains=DomainScores(
                 domains=tuple(corpus.domains),
+                layer_names=tuple(site.name for site in sites),
                 loss_sums=total(self._loss_sums),
                 num_tokens=num_tokens,
                 expert_load=load,
+                entropy_sums=entropy_sums.sum(dim=1),
+                router_similarity=torch.stack(
+                    [router_similarity(site.router.get_parameter("weight")).cpu() for site in sites]
+                ),
                 bytes_per_token=torch.tensor(ratios, dtype=torch.float64),
                 limit=int(total(self._limit)) if has_budget else int(load.sum()),
             ),
@@ -307,7 +314,7 @@ class _Totals:
             decile_loss_sums=total(self._decile_sums),
             decile_tokens=total(self._decile_tokens),
             expert_counts=total(self._expert_counts)[:, : num_candidates + 1],
-            entropy=total(self._entropy_sums) / num_tokens,
+            entropy=entropy_sums / num_tokens,
             layers_over=int(total(self._over)),
             has_budget=has_budget,
         )

@@ -1,9 +1,9 @@
 r"""Gated experts computed in groups: tokens sorted by expert, one product for each expert.
 
 Block by block, rows of one expert are gathered, multiplied, weighted and added to where they
-belong, so that what a block needs stays in the cache. Nothing as large as all assignments by the width of a
-token is ever held. The weight is applied to the inner vector, which is narrower than the output and
-gives its own gradient in the backward pass without the output:
+belong, so that what a block needs stays in the cache. Nothing as large as all assignments by the
+width of a token is ever held. The weight is applied to the inner vector, which is narrower than the
+output and gives its own gradient in the backward pass without the output:
 
 .. math:: \frac{\partial L}{\partial w_{tk}} = \langle D_e^\top \partial L / \partial y_t,\,
           h_{tk} \rangle, \qquad h_{tk} = \operatorname{silu}(G_e x_t) \odot U_e x_t .

@@ -46,8 +46,18 @@ class LayerWindow:
     load: Counts
     max_violation: float | None
     min_violation: float | None
+    mean_violation: float | None
+    dead_experts: float | None
     price: float | None
     congestion: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWindow:
+    """One routing loss without its coefficient, a mean over a window of training steps."""
+
+    value: float | None
+    coefficient: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +82,7 @@ class TrainRecord:
     spend: float | None
     exchanged_forward: float | None
     exchanged_backward: float | None
+    routing_losses: Mapping[str, LossWindow]
     domain_loss: Numbers
     domain_tokens: Numbers
     sampling: Numbers
@@ -125,6 +136,10 @@ class LayerEvaluation:
     name: str
     max_violation: float | None
     min_violation: float | None
+    mean_violation: float | None
+    dead_experts: float | None
+    routing_entropy: float | None
+    router_similarity: float | None
     load: Counts
     domain_load: Mapping[str, Counts]
     congestion: float | None

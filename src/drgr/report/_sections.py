@@ -23,7 +23,14 @@ from drgr.report._protocol_tables import protocol_domains, protocol_layers, prot
 from drgr.report._records import RunRecord
 from drgr.report._style import SeriesStyle
 from drgr.report._summary import RunSummary
-from drgr.report._tables import domain_table, environment_list, layer_table, tiles, totals
+from drgr.report._tables import (
+    domain_table,
+    environment_list,
+    layer_table,
+    loss_table,
+    tiles,
+    totals,
+)
 from drgr.report._traffic_figures import congestion_curves, traffic_maps
 from drgr.report._weight_figures import adversary_curves, effective_domains, sampling_curves
 
@@ -107,6 +114,7 @@ def _topics(
     return [
         *(join(tag("h3", text(topic)), cards(charts)) for topic, charts in topics.items()),
         balance,
+        _losses(record),
     ]
 
 
@@ -132,6 +140,19 @@ def _protocol(record: RunRecord, styles: Mapping[str, SeriesStyle]) -> Html:
         ),
         cards((robust_curve(protocol), decile_curves(protocol, styles))),
     )
+
+
+def _losses(record: RunRecord) -> Html:
+    """Builds the table of routing losses; nothing for a run without one."""
+    first, last = (
+        ({}, {})
+        if not record.train
+        else (record.train[0].routing_losses, record.train[-1].routing_losses)
+    )
+    both = {name: (first[name], last[name]) for name in first if name in last}
+    if not both:
+        return Html("")
+    return styled("div", "columns below", styled("div", "card", loss_table(both)))
 
 
 def card(chart: Chart) -> Html:

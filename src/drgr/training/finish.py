@@ -137,7 +137,6 @@ def _record(run: RunObjects, state: LoopState, scores: DomainScores, *, split: s
         scores,
         split=split,
         step=state.step,
-        layer_names=run.attachment.layer_names,
         bounds=run.bounds,
         training=_training_summary(run, state),
     )

@@ -33,6 +33,7 @@ from drgr.training.config import (
 )
 from drgr.training.controller_setup import build_controller
 from drgr.training.expert_groups import ExpertAdversaries
+from drgr.training.losses_setup import build_losses
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.scorer_setup import build_scorer
@@ -118,7 +119,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     gates = _link_gates(config, len(corpus.domains), experts, device)
     attachment = _attach(config, model, selection.build, link_gates=gates, group=group)
     flops = measure_flops(model, experts)  # again, with what scorers added
-    settings = _step_settings(config, device, group)
+    settings = _step_settings(config, attachment, device, group)
     adversary = build_adversary(config, corpus, sampling)
     inner, _ = split_parameters(model, config.outer)
     optimizer = torch.optim.AdamW(
@@ -293,7 +294,7 @@ def _forward_model(config: RunConfig, model: Any, device: torch.device) -> nn.Mo
 
 
 def _step_settings(
-    config: RunConfig, device: torch.device, group: ProcessGroup | None
+    config: RunConfig, attachment: Attachment, device: torch.device, group: ProcessGroup | None
 ) -> StepSettings:
     traffic = config.routing.traffic
     return StepSettings(
@@ -301,7 +302,7 @@ def _step_settings(
         accumulation=config.training.accumulation,
         sequence_length=config.data.sequence_length,
         seed=config.training.seed,
-        auxiliary_coefficient=config.routing.auxiliary_coefficient,
+        losses=build_losses(config.routing, attachment, seed=config.training.seed),
         traffic_coefficient=traffic.coefficient if traffic.measure else None,
         clip_norm=config.training.clip_norm,
         autocast=autocast_dtype(config, device),
