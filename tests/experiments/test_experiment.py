@@ -71,7 +71,9 @@ def test_the_example():
     given = RECIPES["demo"]().data.sampling
     total = sum(share**0.5 for share in given.values())
     for domain, share in shares.items():  # rounded in the file
-        assert share / sum(shares.values()) == pytest.approx(given[domain] ** 0.5 / total, abs=0.001)
+        assert share / sum(shares.values()) == pytest.approx(
+            given[domain] ** 0.5 / total, abs=0.001
+        )
 
 
 class TestRefusals:
