@@ -170,6 +170,7 @@ class TestInformation:
             (["train", "--help"], ["--run-dir", "--set", "--resume", "--overwrite", "torchrun"]),
             (["evaluate", "--help"], ["--split", "--windows", "--output"]),
             (["report", "--help"], ["--output"]),
+            (["compare", "--help"], ["--parallel", "--retry-failed", "--allow-dirty", "--export"]),
             (["data", "--help"], ["prepare", "list"]),
             (["data", "prepare", "--help"], ["--vocabulary-size", "--skip-unreadable"]),
         ],

@@ -5,7 +5,7 @@ and draws. Nothing here knows where the numbers come from; all is for lower-is-b
 
 With few seeds much cannot be known, and the results say so. The sign-flip test of ``n`` differences
 has no p-value below ``2^(1 - n)``: 0.0625 with five. Bootstrap intervals are too narrow: with five
-normal differences a percentile interval of 95 % covers the truth in about 84 % of samples, so
+normal differences a percentile interval of 95 % covers the truth in about 83 % of samples, so
 Student's interval stands beside it, which is exact for normal differences.
 """
 

@@ -77,7 +77,7 @@ def _state(summary: Json) -> Html:
         said.append(styled("p", "warning", text(warning)))
     environment = summary["environment"]
     if environment["dirty"] or len(environment["commits"]) > 1:
-        warning = "The runs are not all of one commit of the source: see the environment."
+        warning = "Source that differs from its commit, or several commits: see the environment."
         said.append(styled("p", "warning", text(warning)))
     left_out = summary["ranks"]["seeds_left_out"]
     if left_out:
@@ -168,7 +168,7 @@ def _failures(failures: Sequence[Json]) -> Html:
         for one in failures
     ]
     heads = ["Run", "Method", "Attempt", "What", "Error", "When"]
-    return _table("experiment-failures", heads, rows)
+    return _table("experiment-failures words", heads, rows)
 
 
 def _trials(trials: Sequence[Json]) -> Html:
@@ -185,7 +185,7 @@ def _trials(trials: Sequence[Json]) -> Html:
         for one in trials
     ]
     heads = ["Method", "Trial", "Settings", "Objective", "Status"]
-    return _table("experiment-trials", heads, rows)
+    return _table("experiment-trials words", heads, rows)
 
 
 def _settings(methods: Sequence[Json]) -> Html:
@@ -197,7 +197,7 @@ def _settings(methods: Sequence[Json]) -> Html:
         ]
         for one in methods
     ]
-    return _table("experiment-settings", ["Method", "Settings", "Found by tuning"], rows)
+    return _table("experiment-settings words", ["Method", "Settings", "Found by tuning"], rows)
 
 
 def _table(
