@@ -37,12 +37,12 @@ def build(corpus: Corpus, *, make=tiny_olmoe):
 def attached(corpus: Corpus):
     attachment = attach(build(corpus), budget=TokenBudget(minimum=1, maximum=3, average=1.5))
     for number, policy in enumerate(attachment.policies):  # prices as after some training
-        policy.batch_price.load_state_dict(
+        policy.selector.load_state_dict(
             {
                 key: torch.full_like(value, 0.22 + 0.05 * number)
                 if value.is_floating_point()
                 else value
-                for key, value in policy.batch_price.state_dict().items()
+                for key, value in policy.selector.state_dict().items()
             }
         )
     return attachment

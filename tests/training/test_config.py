@@ -417,6 +417,8 @@ class TestErrors:
             (
                 {"routing": {"selection": {"kind": "layers", "averages": [2], "total": 4}}},
                 ["routing.selection: either averages or both", "total 4; set the others to null"],
+            ),
+            (
                 {"routing": {"losses": [{"kind": "router-q", "coefficient": 1}]}},
                 ["routing.losses.0: ", "'router-q'", "'router-z'"],
             ),

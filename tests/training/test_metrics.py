@@ -122,7 +122,13 @@ EVALUATION = {
     "exchanged_bytes": {"forward": NUMBER, "backward": NUMBER},
     "layers": [
         EVALUATED
-        | {"domain_load": {"*": [COUNT]}, "congestion": NUMBER, "domain_traffic": {"*": [NUMBER]}}
+        | {
+            "domain_load": {"*": [COUNT]},
+            "training_budget": COUNT,
+            "training_spend": COUNT,
+            "congestion": NUMBER,
+            "domain_traffic": {"*": [NUMBER]},
+        }
     ],
 }
 

@@ -16,6 +16,11 @@ from drgr.routing import router_similarity, tsallis_entropy
 from drgr.routing.tokens import expert_probabilities
 
 
+def entropy_sum(scores: Tensor) -> Tensor:
+    """Sums the routing entropy of each token of this process, as a share of its largest value."""
+    return tsallis_entropy(expert_probabilities(scores.double()), order=1.0).sum()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainScores:
     """Sums over the evaluated tokens of each domain, over all processes.
@@ -26,8 +31,8 @@ class DomainScores:
         loss_sums: Summed token losses in nats, shape ``(G,)``, float64.
         num_tokens: Tokens predicted, shape ``(G,)``, int64.
         expert_load: Assignments by layer, domain and expert, shape ``(L, G, E)``, int64.
-        entropy_sums: Summed routing entropies of tokens by layer, each in [0, 1], shape ``(L,)``,
-            float64.
+        entropy_sums: Summed routing entropies of tokens by layer and domain, each in [0, 1], shape
+            ``(L, G)``, float64; NaN where scores are not known.
         router_similarity: Mean cosine of two router rows by layer, shape ``(L,)``, float64.
         bytes_per_token: UTF-8 bytes per token of each domain's split, shape ``(G,)``, float64.
         limit: Assignments that the budget allows for these tokens, over all layers.
@@ -62,7 +67,7 @@ class DomainScores:
     @property
     def routing_entropy(self) -> Tensor:
         """Mean routing entropy of a token over its largest value, by layer, shape ``(L,)``."""
-        return self.entropy_sums / self.num_tokens.sum()
+        return self.entropy_sums.sum(dim=1) / self.num_tokens.sum()
 
     @property
     def spend(self) -> int:
@@ -147,7 +152,7 @@ class _Totals:
         self._loss_sums = torch.zeros(num_domains, dtype=torch.float64, device=device)
         self._num_tokens = torch.zeros(num_domains, dtype=torch.int64, device=device)
         self._load = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._entropy_sums = torch.zeros(shape[0], dtype=torch.float64, device=device)
+        self._entropy_sums = torch.zeros(shape[:2], dtype=torch.float64, device=device)
         self._limit = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, model: nn.Module, domain: int, batch: Batch) -> None:
@@ -159,9 +164,7 @@ class _Totals:
         self._num_tokens[domain] += losses.numel()
         for layer, routing in enumerate(records):
             self._load[layer, domain] += routing.plan.expert_load
-            # Of this process alone: processes evaluate different numbers of batches.
-            probabilities = expert_probabilities(routing.scores.double())
-            self._entropy_sums[layer] += tsallis_entropy(probabilities, order=1.0).sum()
+            self._entropy_sums[layer, domain] += entropy_sum(routing.scores)
             self._limit += routing.selection.limit
 
     def summed(self, corpus: Corpus, split: str, group: ProcessGroup | None) -> DomainScores:

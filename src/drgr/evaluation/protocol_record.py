@@ -21,7 +21,7 @@ from drgr.evaluation.robustness import (
 )
 from drgr.evaluation.token_pass import TokenScores
 from drgr.routing import congestion, exchanged_bytes
-from drgr.routing.diagnostics import dead_experts, overload_factor, specialisation_histogram
+from drgr.routing.diagnostics import overload_factor, specialisation_histogram
 
 SCHEMA = "drgr.protocol/1"
 """Name and version of the record; the version grows with every change that is not an addition."""
@@ -315,7 +315,6 @@ def _balance(scores: TokenScores, layer_names: tuple[str, ...]) -> list[Json]:
             | {
                 "routing_entropy": _number(entropy[index]),
                 "routing_entropy_by_domain": named(names, scores.entropy[index]),
-                "dead_experts": int(dead_experts(load)),
                 "overload": float(overload_factor(load)),
                 "congestion": float(busiest[index]),
                 "specialisation": dict(zip(names, histogram[index].tolist(), strict=True)),

@@ -6,7 +6,6 @@ random start, so that every token has the same chance. What is kept does not dep
 size or on the number of processes.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
@@ -18,7 +17,7 @@ from torch.distributed import ProcessGroup
 from drgr.collectives import rank, sum_over_processes, world_size
 from drgr.data import Batch, Corpus, evaluation_batches, evaluation_windows
 from drgr.errors import DataError, NonFiniteLossError
-from drgr.evaluation.domains import DomainScores, token_losses
+from drgr.evaluation.domains import DomainScores, entropy_sum, token_losses
 from drgr.evaluation.fairness import frequency_groups
 from drgr.evaluation.subject import LayerUse, Subject
 from drgr.routing import router_similarity
@@ -201,14 +200,6 @@ def _batches(
             first += len(batch.labels)
 
 
-def _entropy_sum(scores: Tensor) -> Tensor:
-    """Sums the normalised entropy of each token's scores over this process's batch alone."""
-    shares = scores.double()
-    shares = shares / shares.sum(dim=1, keepdim=True)
-    total: Tensor = torch.special.entr(shares).sum()
-    return total / math.log(max(2, shares.shape[1]))
-
-
 def _check_finite(scores: TokenScores, split: str) -> None:
     for name, loss in zip(scores.domains.domains, scores.domains.loss_sums, strict=True):
         if not bool(loss.isfinite()):
@@ -274,7 +265,7 @@ class _Totals:
         if use.scores is None:
             self._entropy_sums[layer, domain] = torch.nan
         else:
-            self._entropy_sums[layer, domain] += _entropy_sum(use.scores)
+            self._entropy_sums[layer, domain] += entropy_sum(use.scores)
 
     def summed(
         self, corpus: Corpus, split: str, sequence_length: int, group: ProcessGroup | None
@@ -297,7 +288,7 @@ class _Totals:
                 loss_sums=total(self._loss_sums),
                 num_tokens=num_tokens,
                 expert_load=load,
-                entropy_sums=entropy_sums.sum(dim=1),
+                entropy_sums=entropy_sums,
                 router_similarity=torch.stack(
                     [router_similarity(site.router.get_parameter("weight")).cpu() for site in sites]
                 ),
