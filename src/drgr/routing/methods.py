@@ -148,6 +148,36 @@ SELECTIONS = (
         "derived: optimal in a laminar matroid; frozen price at evaluation",
     ),
     _selection(
+        "top-p",
+        selection.TopPSelector,
+        "arXiv 2403.07652",
+        "published; bounds of a token derived",
+    ),
+    _selection(
+        "threshold",
+        selection.ThresholdSelector,
+        "after DynaMoE",
+        "derived: a token's own percentile would fix the number of experts",
+    ),
+    _selection(
+        "learned-threshold",
+        selection.QuantileSelector,
+        "kexue.fm 11619",
+        "as reported: one-shot quantiles; smoothing over processes derived",
+    ),
+    _selection(
+        "sequence",
+        selection.SequenceSelector,
+        "this package",
+        "derived: the exact budget, in each sequence",
+    ),
+    _selection(
+        "progressive",
+        selection.ProgressiveSelector,
+        "arXiv 2512.16248",
+        "published by restarts; a schedule within one run derived",
+    ),
+    _selection(
         "open",
         selection.OpenExperts,
         "arXiv 2504.00661, 2507.08771",

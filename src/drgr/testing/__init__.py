@@ -7,6 +7,7 @@ process of a group they also check that several processes equal one.
 from drgr.testing.batches import ConformanceError
 from drgr.testing.controllers import check_controller
 from drgr.testing.losses import check_loss
+from drgr.testing.routers import check_router
 from drgr.testing.scorers import check_scorer
 from drgr.testing.selectors import check_selector
 
@@ -14,6 +15,7 @@ __all__ = [
     "ConformanceError",
     "check_controller",
     "check_loss",
+    "check_router",
     "check_scorer",
     "check_selector",
 ]
