@@ -1,4 +1,4 @@
-"""The headline comparison: its experiment files are valid, and results are collected as they are."""
+"""The headline comparison: experiment files are valid, results are collected as they are."""
 
 import json
 import runpy
