@@ -14,6 +14,7 @@ from benchmarks.readme_bilevel import (
     subspace_lines,
     traffic_lines,
 )
+from benchmarks.readme_layers import moe_layer_lines, routing_cost_lines, static_budget_lines
 from benchmarks.results import HEADLINE, claims, common_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,9 @@ RIVALS = "benchmarks/hypergradient/rivals.json"
 SINGLE_LOOP = "benchmarks/single_loop/result.json"
 SUBSPACE = "benchmarks/subspace/result.json"
 CLEANING = "benchmarks/data_cleaning/result.json"
+STATIC_BUDGET = "benchmarks/static_budget/result.json"
+MOE_LAYER = "benchmarks/moe_layer/result.json"
+ROUTING_COST = "benchmarks/routing_cost/result.json"
 MORE = (
     "All results, the unfavourable ones too: [docs/measurements.md](docs/measurements.md), written "
     "from the result files by `python -m benchmarks.readme`."
@@ -106,6 +110,10 @@ def measurements() -> str:
         ["## Worst cases and budgets"],
         worst_case_lines(read(WORST_CASE)),
         budget_lines(read(BUDGETS)),
+        static_budget_lines(read(STATIC_BUDGET), STATIC_BUDGET),
+        ["## Layers and routing"],
+        moe_layer_lines(read(MOE_LAYER), MOE_LAYER),
+        routing_cost_lines(read(ROUTING_COST), ROUTING_COST),
         ["## Hypergradients and bilevel methods"],
         hypergradient_lines(read(HYPERGRADIENT)),
         rival_lines(read(RIVALS), RIVALS),

@@ -1,4 +1,4 @@
-"""The headline comparison: experiment files are valid, results are collected as they are."""
+"""Experiment files of the benchmarks are valid; results of the headline are collected as is."""
 
 import json
 import runpy
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from drgr.cli.running import load_recipe
 from drgr.experiments.experiment import read_experiment
+from drgr.experiments.methods import build_variants
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "headline"
@@ -17,11 +19,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("name", ["experiment", "ablation", "compute", "large"])
-def test_the_experiments_are_valid(name, monkeypatch):
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks").glob("*/*.yaml")), ids=lambda path: path.stem
+)
+def test_the_experiments_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)  # settings name files beside the experiment
-    experiment = read_experiment(FOLDER / f"{name}.yaml")
-    assert experiment.reference in experiment.methods
+    experiment = read_experiment(path)
+    variants = build_variants(experiment, load=load_recipe)
+    assert [variant.name for variant in variants] == list(experiment.methods)
     if experiment.tuning is not None:
         assert set(experiment.tuning.methods) == set(experiment.methods)
 
