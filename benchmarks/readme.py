@@ -24,6 +24,7 @@ WORST_CASE = "benchmarks/worst_case/result.json"
 HYPERGRADIENT = "benchmarks/hypergradient/result.json"
 BUDGETS = "benchmarks/budgets/result.json"
 FRONTIER = "benchmarks/frontier/result.json"
+SCAN = "benchmarks/frontier/scan.json"
 OUTER_OVERHEAD = "benchmarks/outer_overhead/result.json"
 TRAFFIC = "benchmarks/traffic/result.json"
 RIVALS = "benchmarks/hypergradient/rivals.json"
@@ -104,6 +105,7 @@ def measurements() -> str:
         ["## Training"],
         quickstart_lines(read(QUICKSTART)),
         frontier_lines(read(FRONTIER), FRONTIER),
+        frontier_lines(read(SCAN), SCAN),
         overhead_lines(read(OVERHEAD)),
         outer_overhead_lines(read(OUTER_OVERHEAD), OUTER_OVERHEAD),
         traffic_lines(read(TRAFFIC), TRAFFIC),
