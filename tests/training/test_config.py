@@ -54,6 +54,7 @@ ALTERNATIVES = [
     parse_config({"routing": {"scores": {"kind": "gaussian"}}}),
     parse_config({"routing": {"scores": {"kind": "stochastic"}}}),
     parse_config({"routing": {"selection": {"kind": "top-p"}}}),
+    parse_config({"routing": {"selection": {"kind": "open"}, "scores": {"kind": "norm"}}}),
     parse_config({"routing": {"selection": {"kind": "threshold"}}}),
     parse_config({"routing": {"selection": {"kind": "sequence"}}}),
     parse_config({"routing": {"selection": {"kind": "layers", "averages": [1, 2, 3, 2]}}}),

@@ -11,6 +11,7 @@ from drgr.data import Corpus
 from drgr.errors import ConfigError
 from drgr.routing.selection import (
     BudgetedSelector,
+    OpenExperts,
     ProgressiveSelector,
     QuantileSelector,
     SequenceSelector,
@@ -167,3 +168,35 @@ def test_bounds_are_those_of_the_last_step(runs: ModuleType, corpus: Corpus):
         bounds = build_run(config_with(runs, selection), corpus).bounds
         assert (bounds.minimum, bounds.maximum) == expected[:2]
         assert bounds.average == pytest.approx(expected[2])
+
+
+def test_a_run_may_follow_the_experts_that_its_scorer_opens(
+    runs: ModuleType, corpus: Corpus, tmp_path: Path
+):
+    config = config_with(runs, {"kind": "open"}, routing__scores={"kind": "relu-rms"})
+    _, run = runs.run_small(config, corpus, tmp_path)
+    assert [type(policy.selector) for policy in run.attachment.policies] == [OpenExperts] * 2
+    budget = json.loads((tmp_path / "evaluation.json").read_text())["budget"]
+    assert (budget["minimum"], budget["maximum"], budget["average"]) == (1, 4, None)
+    assert TOKENS * STEPS * 2 <= budget["training"]["spend"] <= 4 * TOKENS * STEPS * 2
+    assert budget["training"]["batches_over"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "needs routing.scores that open experts, one of norm, .* got model"),
+        (
+            {
+                "routing__scores": {"kind": "norm"},
+                "routing__budget": {"minimum": 2, "maximum": 4, "average": 2},
+            },
+            "routing.budget.minimum must be 0 or 1 with routing.selection open, got 2",
+        ),
+    ],
+)
+def test_open_experts_need_a_scorer_that_opens_them(
+    runs: ModuleType, corpus: Corpus, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        build_run(config_with(runs, {"kind": "open"}, **changes), corpus)

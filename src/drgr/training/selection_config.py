@@ -50,6 +50,17 @@ class ThresholdConfig(BaseModel):
         return self
 
 
+class OpenSelectionConfig(BaseModel):
+    """The experts that the scorer opens, see :class:`drgr.routing.selection.OpenExperts`.
+
+    Needs scores that open experts; the budget's average is not used.
+    """
+
+    model_config = STRICT
+
+    kind: Literal["open"]
+
+
 class SequenceSelectionConfig(BaseModel):
     """The budget in each sequence, see :class:`drgr.routing.selection.SequenceSelector`."""
 
@@ -106,6 +117,7 @@ SelectionConfig = Annotated[
     | TopPConfig
     | ThresholdConfig
     | SequenceSelectionConfig
+    | OpenSelectionConfig
     | LayersConfig
     | ProgressiveConfig,
     Field(discriminator="kind"),

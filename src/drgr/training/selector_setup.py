@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import assert_never, final
 
 from drgr.budgets import TokenBudget, budget_from_flops, layer_counts
@@ -10,6 +11,7 @@ from drgr.errors import ConfigError
 from drgr.evaluation import ExpertBounds
 from drgr.routing import LayerPlace
 from drgr.routing.selection import (
+    OpenExperts,
     ProgressiveSelector,
     QuantileSelector,
     Selector,
@@ -24,11 +26,14 @@ from drgr.training.routing_config import BudgetConfig, RoutingConfig
 from drgr.training.selection_config import (
     BudgetSelectionConfig,
     LayersConfig,
+    OpenSelectionConfig,
     ProgressiveConfig,
     SequenceSelectionConfig,
     ThresholdConfig,
     TopPConfig,
 )
+
+_OPENING_SCORES = ("norm", "relu-rms", "tsallis-hybrid", "stochastic")
 
 
 @final
@@ -71,6 +76,8 @@ def build_selection(
                 build=lambda place: _alike(selection, budget, smoothing, place),
                 bounds=_bounds([budget], has_average=_has_average(selection)),
             )
+        case OpenSelectionConfig():
+            return _open(config, budget)
         case LayersConfig():
             budgets = _layer_budgets(config.budget, selection, flops, num_layers)
             build = layer_budgets(budgets, smoothing=smoothing)
@@ -120,6 +127,22 @@ def _alike(
             return SequenceSelector(budget, smoothing=smoothing, device=place.device)
         case _:
             assert_never(config)
+
+
+def _open(config: RoutingConfig, budget: TokenBudget) -> RunSelection:
+    """Returns the selection of the experts that the scorer opens."""
+    if config.scores.kind not in _OPENING_SCORES:
+        raise ConfigError(
+            f"routing.selection open needs routing.scores that open experts, one of "
+            f"{', '.join(_OPENING_SCORES)}, got {config.scores.kind}"
+        )
+    if budget.minimum > 1:
+        raise ConfigError(
+            f"routing.budget.minimum must be 0 or 1 with routing.selection open, got "
+            f"{budget.minimum}; a scorer opens as many experts as it likes"
+        )
+    selector = partial(OpenExperts, budget.maximum, at_least_best=budget.minimum == 1)
+    return RunSelection(build=lambda _: selector(), bounds=_bounds([budget], has_average=False))
 
 
 def _threshold(
