@@ -99,7 +99,7 @@ def test_values_and_gradients_are_those_of_the_formula(compute, sizes):
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
-def test_experts_of_more_than_one_block_of_rows(top_k):
+def test_many_tokens(top_k):
     plan, tensors = problem(tokens=700, experts=3, top_k=top_k, share=0.9)
     plan.expert_ids[:, 0] = 1
     expected = output_and_gradients(run(reference_experts, plan, tensors), tensors)

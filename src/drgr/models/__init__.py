@@ -1,6 +1,6 @@
 """Models with experts: a layer for one's own, small language models, loaded ones, what they cost.
 
-Reading order: ``reference_experts`` (the formula), ``grouped_experts`` (the same, fast),
+Reading order: ``reference`` (the formula), ``grouped`` (the same, fast),
 ``experts`` (modules), ``moe_layer`` (routed inside a budget), ``measure`` (FLOPs). These need torch
 only. ``tiny`` (models for one CPU) and ``pretrained`` (checkpoints) need transformers, which is
 imported when they are first asked for.
@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from drgr.models.experts import ExpertsFunction, GatedExperts, SharedExpert
-from drgr.models.grouped_experts import grouped_experts
+from drgr.models.grouped import grouped_experts
 from drgr.models.measure import measure_flops
 from drgr.models.moe_layer import MoELayer
-from drgr.models.reference_experts import reference_experts
+from drgr.models.reference import reference_experts
 
 if TYPE_CHECKING:
     from drgr.models.pretrained import load_pretrained

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drgr._checks import check_positive, check_shape
-from drgr.models.grouped_experts import grouped_experts
+from drgr.models.grouped import grouped_experts
 from drgr.routing import RoutingPlan
 
 ExpertsFunction = Callable[[Tensor, RoutingPlan, Tensor, Tensor], Tensor]

@@ -1,15 +1,14 @@
 r"""Gated experts computed in groups: tokens sorted by expert, one product for each expert.
 
-Block by block, rows of one expert are gathered, multiplied, weighted and added to where they
-belong, so that what a block needs stays in the cache. Nothing as large as all assignments by the
-width of a token is ever held. The weight is applied to the inner vector, which is narrower than the
-output and gives its own gradient in the backward pass without the output:
+Expert by expert, rows are gathered, multiplied, weighted and added to where they belong, so that
+what one expert needs stays in the cache. Nothing as large as all assignments by the width of a
+token is ever held. The weight is applied to the inner vector, which gives its own gradient in the
+backward pass without the output:
 
 .. math:: \frac{\partial L}{\partial w_{tk}} = \langle D_e^\top \partial L / \partial y_t,\,
           h_{tk} \rangle, \qquad h_{tk} = \operatorname{silu}(G_e x_t) \odot U_e x_t .
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -23,8 +22,6 @@ from drgr.routing import RoutingPlan
 _GROUPED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Strides that the grouped product accepts are multiples of this.
 _ALIGNMENT_BYTES = 16
-# Rows that are computed at once: what lies between the products then stays in the cache.
-_BLOCK_ROWS = 128
 
 
 # Group sizes are data: traced, they would be constants, and every batch would compile anew.
@@ -79,30 +76,14 @@ def grouped_experts(hidden: Tensor, plan: RoutingPlan, gate_up: Tensor, down: Te
 @final
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """Assignments sorted by expert.
-
-    Attributes:
-        token: The token of each, int64, shape ``(S,)``.
-        sizes: Assignments of each expert.
-    """
+    """Assignments sorted by expert: the token of each, int64, shape ``(S,)``, and group sizes."""
 
     token: Tensor
     sizes: list[int]
 
-    def blocks(self, *rows: Tensor) -> Iterator[tuple[int, bool, tuple[Tensor, ...]]]:
-        """Yields expert, whether it is the expert's first block, and the rows of each block.
-
-        Every expert has a first block, if an empty one.
-        """
-        cuts = [
-            (expert, start == 0, min(_BLOCK_ROWS, size - start))
-            for expert, size in enumerate(self.sizes)
-            for start in range(0, max(size, 1), _BLOCK_ROWS)
-        ]
-        sizes = [size for _, _, size in cuts]
-        parts = zip(*(part.split(sizes) for part in rows), strict=True)
-        for (expert, is_first, _), part in zip(cuts, parts, strict=True):
-            yield expert, is_first, part
+    def split(self, *rows: Tensor) -> list[tuple[Tensor, ...]]:
+        """Splits tensors with a row for each assignment into the parts of the experts."""
+        return [part.split(self.sizes) for part in rows]
 
 
 def _grouped_by_expert(plan: RoutingPlan, num_experts: int) -> tuple[_Groups, Tensor]:
@@ -164,13 +145,16 @@ class _Grouped(torch.autograd.Function):
         width = down.shape[2]
         total = torch.zeros_like(hidden, dtype=_sum_dtype(hidden))
         products = hidden.new_empty(groups.token.shape[0], 2 * width)
-        rows = (groups.token, weights.unsqueeze(1), products)
-        for expert, _, (token, weight, product) in groups.blocks(*rows):
-            torch.mm(hidden.index_select(0, token), gate_up[expert].t(), out=product)
+        for mine, weight, product, inner_matrix, outer_matrix in zip(
+            *groups.split(groups.token, weights.unsqueeze(1), products),
+            *(gate_up.unbind(0), down.unbind(0)),
+            strict=True,
+        ):
+            torch.mm(hidden.index_select(0, mine), inner_matrix.t(), out=product)
             gate, up = product.chunk(2, dim=1)
             inner = F.silu(gate).mul_(up).mul_(weight)
-            output = torch.mm(inner, down[expert].t())
-            total.index_add_(0, token, output.to(total.dtype))
+            output = torch.mm(inner, outer_matrix.t())
+            total.index_add_(0, mine, output.to(total.dtype))
         return total.to(hidden.dtype), products
 
     @staticmethod
@@ -179,19 +163,24 @@ class _Grouped(torch.autograd.Function):
         *arguments, groups = inputs
         ctx.groups = groups
         ctx.mark_non_differentiable(output[1])
+        # Else zeros of the size of the products would be made for a gradient they do not have.
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*arguments, output[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         """Returns the gradients of tokens, weights and matrices."""
+        gradient: Tensor | None = gradients[0]
+        if gradient is None:
+            return None, None, None, None, None
         *arguments, products = ctx.saved_tensors
         groups: _Groups = ctx.groups
-        with torch.autocast(gradients[0].device.type, enabled=False):
+        with torch.autocast(gradient.device.type, enabled=False):
             if torch.is_grad_enabled():
                 pull_back = torch.func.vjp(partial(_composed, groups=groups), *arguments)[1]
-                return (*pull_back(gradients[0]), None)
+                return (*pull_back(gradient), None)
             needed = ctx.needs_input_grad[:4]
-            return (*_gradients(gradients[0], arguments, products, groups, needed), None)
+            return (*_gradients(gradient, arguments, products, groups, needed), None)
 
 
 def _gradients(
@@ -205,35 +194,31 @@ def _gradients(
     hidden, weights, gate_up, down = arguments
     into_hidden = torch.zeros_like(hidden, dtype=_sum_dtype(hidden)) if needed[0] else None
     into_weights = torch.empty_like(weights)
+    # Each matrix is written once, also that of an expert without tokens: a product of no rows is 0.
     into_gate_up = torch.empty_like(gate_up) if needed[2] else None
     into_down = torch.empty_like(down) if needed[3] else None
-    rows = (groups.token, weights.unsqueeze(1), products, into_weights)
-    for expert, is_first, (token, weight, product, into_weight) in groups.blocks(*rows):
+    parts = groups.split(groups.token, weights.unsqueeze(1), products, into_weights)
+    for expert, (mine, weight, product, into_weight) in enumerate(zip(*parts, strict=True)):
         gate, up = product.chunk(2, dim=1)
         activated = F.silu(gate)
         inner = activated * up
-        into_output = gradient.index_select(0, token)
+        into_output = gradient.index_select(0, mine)
         into_inner = torch.mm(into_output, down[expert])
         torch.linalg.vecdot(into_inner, inner, out=into_weight)
         into_inner.mul_(weight)
         if into_down is not None:
-            _add_product(into_down[expert], into_output.t(), inner.mul_(weight), is_first)
+            torch.mm(into_output.t(), inner.mul_(weight), out=into_down[expert])
         into_product = torch.empty_like(product)
         into_gate, into_up = into_product.chunk(2, dim=1)
         torch.mul(into_inner, activated, out=into_up)
         into_inner.mul_(up)
         torch.ops.aten.silu_backward.grad_input(into_inner, gate, grad_input=into_gate)
         if into_gate_up is not None:
-            vectors = hidden.index_select(0, token)
-            _add_product(into_gate_up[expert], into_product.t(), vectors, is_first)
+            rows = hidden.index_select(0, mine)
+            torch.mm(into_product.t(), rows, out=into_gate_up[expert])
         if into_hidden is not None:
             into_rows = torch.mm(into_product, gate_up[expert])
-            into_hidden.index_add_(0, token, into_rows.to(into_hidden.dtype))
+            into_hidden.index_add_(0, mine, into_rows.to(into_hidden.dtype))
     if into_hidden is not None:
         into_hidden = into_hidden.to(hidden.dtype)
     return into_hidden, into_weights, into_gate_up, into_down
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """Adds ``left @ right`` to ``total``; the first overwrites it, also where it has no rows."""
-    torch.addmm(total, left, right, beta=0 if is_first else 1, out=total)
