@@ -447,7 +447,7 @@ def test_debug_shows_where_an_error_came_from(drgr, tmp_path):
         (["train"], "Missing argument"),
         (["trian", "demo"], "No such command"),
         (["train", "demo", "--stepz=3"], "No such option"),
-        (["train", "demo3"], "recipe 'demo3' is unknown; use one of demo, drgr, erm"),
+        (["train", "demo3"], "recipe 'demo3' is unknown; use one of demo, drgr, drgr-bilevel, erm"),
         (["train", "no.such.module:f"], "cannot be imported"),
         (["train", ":f"], "cannot be imported"),
         (["train", "json:nothing"], "cannot be imported"),

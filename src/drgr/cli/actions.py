@@ -107,7 +107,7 @@ def show_recipes(name: str | None) -> None:
         return
     for key, recipe in RECIPES.items():
         summary, *_ = (recipe.__doc__ or "").strip().splitlines()
-        typer.echo(f"{key:<12}{summary}")
+        typer.echo(f"{key:<14}{summary}")
 
 
 def show_methods(kind: str | None) -> None:
