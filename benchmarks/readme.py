@@ -14,6 +14,8 @@ from benchmarks.readme_bilevel import (
     subspace_lines,
     traffic_lines,
 )
+from benchmarks.readme_layers import moe_layer_lines, routing_cost_lines, static_budget_lines
+from benchmarks.results import HEADLINE, claims, common_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = "benchmarks/quickstart/result.json"
@@ -22,12 +24,16 @@ WORST_CASE = "benchmarks/worst_case/result.json"
 HYPERGRADIENT = "benchmarks/hypergradient/result.json"
 BUDGETS = "benchmarks/budgets/result.json"
 FRONTIER = "benchmarks/frontier/result.json"
+SCAN = "benchmarks/frontier/scan.json"
 OUTER_OVERHEAD = "benchmarks/outer_overhead/result.json"
 TRAFFIC = "benchmarks/traffic/result.json"
 RIVALS = "benchmarks/hypergradient/rivals.json"
 SINGLE_LOOP = "benchmarks/single_loop/result.json"
 SUBSPACE = "benchmarks/subspace/result.json"
 CLEANING = "benchmarks/data_cleaning/result.json"
+STATIC_BUDGET = "benchmarks/static_budget/result.json"
+MOE_LAYER = "benchmarks/moe_layer/result.json"
+ROUTING_COST = "benchmarks/routing_cost/result.json"
 MORE = (
     "All results, the unfavourable ones too: [docs/measurements.md](docs/measurements.md), written "
     "from the result files by `python -m benchmarks.readme`."
@@ -70,11 +76,25 @@ def summary() -> str:
     """Returns the section of the README in Markdown."""
     parts = [
         ["## What it measured so far"],
-        quickstart_lines(read(QUICKSTART)),
-        frontier_lines(read(FRONTIER), FRONTIER),
+        headline_lines(read(HEADLINE)),
         [MORE],
     ]
     return "\n".join(line for part in parts for line in [*part, ""])
+
+
+def headline_lines(result: dict[str, Any]) -> list[str]:
+    """Describes the headline comparison: its figure, and what it was meant to show."""
+    seeds = common_seeds(result)
+    methods = len(result["methods"])
+    return [
+        f"{methods} methods at equal total FLOPs, equally many trials each, {len(seeds)} seeds, "
+        "eight domains of text of very unequal share, test split "
+        "([docs/results.md](docs/results.md), `drgr compare benchmarks/headline/experiment.yaml`):",
+        "",
+        "![Worst domain against mean of domains, by method](docs/headline.svg)",
+        "",
+        *claims(result, seeds),
+    ]
 
 
 def measurements() -> str:
@@ -85,12 +105,17 @@ def measurements() -> str:
         ["## Training"],
         quickstart_lines(read(QUICKSTART)),
         frontier_lines(read(FRONTIER), FRONTIER),
+        frontier_lines(read(SCAN), SCAN),
         overhead_lines(read(OVERHEAD)),
         outer_overhead_lines(read(OUTER_OVERHEAD), OUTER_OVERHEAD),
         traffic_lines(read(TRAFFIC), TRAFFIC),
         ["## Worst cases and budgets"],
         worst_case_lines(read(WORST_CASE)),
         budget_lines(read(BUDGETS)),
+        static_budget_lines(read(STATIC_BUDGET), STATIC_BUDGET),
+        ["## Layers and routing"],
+        moe_layer_lines(read(MOE_LAYER), MOE_LAYER),
+        routing_cost_lines(read(ROUTING_COST), ROUTING_COST),
         ["## Hypergradients and bilevel methods"],
         hypergradient_lines(read(HYPERGRADIENT)),
         rival_lines(read(RIVALS), RIVALS),

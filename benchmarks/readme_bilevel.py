@@ -9,20 +9,22 @@ def frontier_lines(result: dict[str, Any], source: str) -> list[str]:
     seeds = max(row["seeds"] for row in result["summary"].values())
     lines = [
         f"Mixtures chosen in training, from very unequal sampling, no more FLOPs than uniform "
-        f"sampling takes in {result['steps_of_first']} steps, outer steps included, {seeds} seeds, "
-        f"`{setting}` ([result.json]({source}), `python -m benchmarks.frontier.run`):",
+        f"sampling takes in {result['steps_of_first']} steps, outer steps included, "
+        f"{seeds} seed{'s' if seeds > 1 else ''}, `{setting}` "
+        f"([{source.rsplit('/', 1)[-1]}]({source}), "
+        f"`python -m benchmarks.frontier.run`):",
         "",
         "| mixture | worst domain, bits per byte | mean of domains, bits per byte | steps | share "
         "of FLOPs in the outer loop |",
         "| --- | --: | --: | --: | --: |",
     ]
     for name, row in result["summary"].items():
-        worst, mean = row["worst_bits_per_byte"], row["mean_bits_per_byte"]
-        share = row["outer_flops"]["mean"] / row["flops"]["mean"]
-        lines.append(
-            f"| {name} | {worst['mean']:.3f} ± {worst['sd']:.3f} | {mean['mean']:.3f} ± "
-            f"{mean['sd']:.3f} | {row['steps']['mean']:.0f} | {share:.0%} |"
+        worst, mean = (
+            f"{figure['mean']:.3f}" + (f" ± {figure['sd']:.3f}" if seeds > 1 else "")
+            for figure in (row["worst_bits_per_byte"], row["mean_bits_per_byte"])
         )
+        share = row["outer_flops"]["mean"] / row["flops"]["mean"]
+        lines.append(f"| {name} | {worst} | {mean} | {row['steps']['mean']:.0f} | {share:.0%} |")
     return lines
 
 

@@ -17,9 +17,9 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> d
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds + 1):
         for name, function in functions.items():
-            started = _now()
+            started = now()
             function()
-            elapsed = _now() - started
+            elapsed = now() - started
             if number:
                 seconds[name].append(elapsed)
     return {
@@ -33,7 +33,8 @@ def interleaved(functions: Mapping[str, Callable[[], Any]], *, rounds: int) -> d
     }
 
 
-def _now() -> float:
+def now() -> float:
+    """Returns CPU seconds of the process; with an accelerator, wall seconds once it is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         return time.perf_counter()

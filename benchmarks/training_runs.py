@@ -14,7 +14,8 @@ from drgr.data import Corpus, prepare_corpus
 from drgr.training import RunConfig, resolve_cache
 from drgr.training.held_out import held_out_sums
 from drgr.training.setup import RunObjects
-from drgr.training.step import is_finite, train_step
+from drgr.training.step import train_step
+from drgr.training.step_totals import is_finite
 
 # One forward pass costs a third of a training pass over as many tokens.
 BACKWARD_SHARE = 3

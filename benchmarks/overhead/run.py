@@ -1,18 +1,17 @@
 """What attaching costs: a training step with budget, prices and adversary against one without.
 
 All variants run interleaved in one process on the same batches; times are CPU seconds, which other
-work on the machine disturbs least. ``unattached`` is transformers' own
-model with grouped_mm experts, the same optimizer and the same number of experts a token;
-``attached`` is everything that ``drgr train`` does in a step, the adversary's held-out passes and
-record keeping included; ``attached, no held-out passes`` leaves those passes out, which are compute
-bought for robustness rather than overhead; ``unattached, sparse experts`` runs the unattached model
-with this package's expert code, so that the cost of routing alone can be told from the gain of that
-code.
+work on the machine disturbs least, or wall seconds with an accelerator. ``unattached`` is
+transformers' own model with grouped_mm experts, the same optimizer and the same number of experts a
+token; ``attached`` is everything that ``drgr train`` does in a step, the adversary's held-out
+passes and record keeping included; ``attached, no held-out passes`` leaves those passes out, which
+are compute bought for robustness rather than overhead; ``unattached, sparse experts`` runs the
+unattached model with this package's expert code, so that the cost of routing alone can be told from
+the gain of that code.
 """
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.provenance import describe_source, write_result
+from benchmarks.timing import now
 from benchmarks.training_runs import opened_corpus, stepper
 from drgr.data import draw_batch
 from drgr.evaluation import token_losses
@@ -38,6 +38,7 @@ def unattached_step(
     run.attachment.detach()
     model: Any = run.attachment.model
     model.set_experts_implementation(implementation)
+    autocast = run.settings.autocast
     weights = run.adversary.weights.sampling.numpy()
     model.train()
 
@@ -51,8 +52,10 @@ def unattached_step(
             sequence_length=config.data.sequence_length,
         )
         run.optimizer.zero_grad(set_to_none=True)
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-        token_losses(logits, batch.labels).mean().backward()
+        with torch.autocast(run.device.type, autocast, enabled=autocast is not None):
+            logits = model(input_ids=batch.input_ids.to(run.device), use_cache=False).logits
+            loss = token_losses(logits, batch.labels.to(run.device)).mean()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.clip_norm)
         run.optimizer.step()
 
@@ -118,11 +121,11 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(rounds + 1):
         for name, step in variants.items():
-            started = time.process_time()
+            started = now()
             for offset in range(steps):
                 step(number * steps + offset)
             if number:
-                seconds[name].append((time.process_time() - started) / steps)
+                seconds[name].append((now() - started) / steps)
     return seconds
 
 

@@ -24,7 +24,8 @@ from drgr.recipes import demo
 from drgr.routing import congestion, max_violation
 from drgr.training import RunConfig, RunObjects, build_run, override, resolve_cache
 from drgr.training.loop import learning_rate
-from drgr.training.step import StepSettings, StepTotals, is_finite, train_step
+from drgr.training.step import StepSettings, train_step
+from drgr.training.step_totals import StepTotals, is_finite
 
 LIMIT = 1.05
 COEFFICIENTS = (0.0, 0.01, 0.1, 1.0)

@@ -11,6 +11,7 @@ CORE = [
     "drgr.numerics",
     "drgr.budgets",
     "drgr.budgets.flops",
+    "drgr.budgets.static",
     "drgr.ambiguity",
     "drgr.bilevel",
     "drgr.routing",

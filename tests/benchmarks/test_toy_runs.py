@@ -279,6 +279,23 @@ def test_skew(run_script):
     assert all(isinstance(kept, bool) for kept in result["claims"].values())
 
 
+def test_static_budget(run_script):
+    result = run_script(
+        "benchmarks.static_budget.run",
+        *("--seeds", "1", "--experts", "8", "--planted", "2", "--unequal-experts", "5"),
+        *("--model-experts", "3", "--model-seeds", "1", "--training-steps", "10"),
+        *("--steps", "6", "--rounds", "1"),
+    )
+    within, *_ = result["claims"].values()
+    assert within
+    for part in ("planted", "unequal", "trained"):
+        assert len(result[part]) == len(result["summary"][part]) == 7
+    for row in (*result["unequal"], *result["trained"]):
+        assert row["loss"] >= row["best"] * (1 - 1e-9)
+    assert result["unequal"][-1]["lower_bound"] <= result["unequal"][-1]["best"] * (1 + 1e-9)
+    assert result["cost"]["1024 experts"]["seconds_per_sample"] > 0
+
+
 def test_moe_layer(run_script):
     result = run_script(
         "benchmarks.moe_layer.run",

@@ -12,6 +12,7 @@ import pytest
 import drgr as package
 from drgr.data import BUILT_IN_CORPORA, Corpus
 from drgr.recipes import RECIPES
+from drgr.routing.methods import METHODS
 from drgr.training import known_keys
 
 
@@ -119,6 +120,9 @@ class TestEvaluate:
         expected = json.loads((finished / "evaluation.json").read_text())
         assert json.loads(output.read_text()) == expected
         assert f"worst domain          {expected['worst_domain']}" in answer.out
+        protocol = finished / "protocol.json"
+        assert json.loads(protocol.read_text())["subject"]["kind"] == "run"
+        protocol.unlink()
         assert runs.listing(finished) == before
 
     def test_other_splits_and_all_windows(self, drgr, cache, tmp_path, finished, corpus: Corpus):
@@ -166,6 +170,7 @@ class TestInformation:
             (["train", "--help"], ["--run-dir", "--set", "--resume", "--overwrite", "torchrun"]),
             (["evaluate", "--help"], ["--split", "--windows", "--output"]),
             (["report", "--help"], ["--output"]),
+            (["compare", "--help"], ["--parallel", "--retry-failed", "--allow-dirty", "--export"]),
             (["data", "--help"], ["prepare", "list"]),
             (["data", "prepare", "--help"], ["--vocabulary-size", "--skip-unreadable"]),
         ],
@@ -192,6 +197,16 @@ class TestInformation:
 
     def test_settings(self, drgr):
         assert drgr("settings").out.split() == known_keys()
+
+    def test_methods(self, drgr):
+        answer = drgr("methods", "price")
+        assert answer.code == 0
+        for method in METHODS:
+            shown = f" {method.name} " in answer.out
+            assert shown == (method.kind == "price"), method.name
+        refused = drgr("methods", "router")
+        assert refused.code == 2
+        assert "kind must be one of loss, price, score, selection, got router" in refused.err
 
     def test_data_list(self, drgr):
         assert drgr("data", "list").out.split() == list(BUILT_IN_CORPORA)

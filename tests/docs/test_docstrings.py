@@ -8,18 +8,24 @@ import pkgutil
 import pytest
 
 from drgr import ambiguity, bilevel, budgets, numerics
+from drgr.budgets import static
 
 PACKAGES = (numerics, budgets, ambiguity, bilevel)
 
 # Returned by a function that has an example, or what others implement: nothing to call.
 RECORDS = {
+    "Allocation",
     "BilevelSolution",
     "BudgetProjection",
     "BudgetSelection",
+    "Certificate",
+    "Choice",
+    "DescentState",
     "Directions",
     "Divergence",
     "Estimator",
     "HvpMode",
+    "GumbelChoice",
     "Hypergradient",
     "LinearSolution",
     "LinearSolver",
@@ -29,6 +35,8 @@ RECORDS = {
     "OracleCalls",
     "Point",
     "Problem",
+    "Pruning",
+    "Retraction",
     "Root",
     "SaddlePoint",
     "SecondDerivatives",
@@ -53,7 +61,7 @@ def modules():
 
 
 def public_names():
-    return [(package, name) for package in PACKAGES for name in package.__all__]
+    return [(package, name) for package in (*PACKAGES, static) for name in package.__all__]
 
 
 def label(entry):

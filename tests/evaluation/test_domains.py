@@ -102,6 +102,46 @@ def test_compute_is_counted_by_layer_domain_and_expert(corpus: Corpus, scores):
     assert scores.limit == len(corpus.domains) * per_domain
 
 
+def test_layers_against_a_loop_over_tokens(run, corpus: Corpus, scores):
+    """Entropies by the routers' own scores, similarities and loads with loops, in float64."""
+    model, names = run.attachment.model.eval(), run.attachment.layer_names
+    entropies = torch.zeros(2, dtype=torch.float64)
+    for domain in corpus.domains:
+        tokens = corpus.tokens("test", domain)
+        count = (len(tokens) - 1) // LENGTH
+        for start in [number * count // 5 * LENGTH for number in range(5)]:
+            ids = torch.tensor([int(token) for token in tokens[start : start + LENGTH]])
+            with run.attachment.record() as records, torch.no_grad():
+                model(input_ids=ids.unsqueeze(0), use_cache=False)
+            for layer, routing in enumerate(records):
+                for p in routing.logits.double().softmax(dim=1):
+                    entropies[layer] -= float((p * p.log()).sum()) / math.log(8)
+    layers = validation_record(scores, step=6)["layers"]
+    assert [layer["name"] for layer in layers] == list(names) == list(scores.layer_names)
+    for index, layer in enumerate(layers):
+        expected = float(entropies[index]) / (4 * 5 * LENGTH)
+        assert layer["routing_entropy"] == pytest.approx(expected, rel=1e-5)
+        rows = model.get_submodule(names[index]).gate.weight.detach().double()
+        cosines = [
+            float(rows[i] @ rows[j] / rows[i].norm() / rows[j].norm())
+            for i in range(8)
+            for j in range(8)
+            if i != j
+        ]
+        assert layer["router_similarity"] == pytest.approx(sum(cosines) / 56, rel=1e-6)
+        load = scores.expert_load[index].sum(dim=0).tolist()
+        relative = sorted(count * 8 / sum(load) for count in load)
+        assert layer["load"] == load
+        assert layer["overload_factor"] == pytest.approx(relative[-1])
+        assert layer["mean_violation"] == pytest.approx(sum(abs(r - 1) for r in relative) / 8)
+        assert layer["dead_experts"] == load.count(0)
+        for rank, value in layer["load_percentiles"].items():
+            place = int(rank) / 100 * 7
+            below = relative[int(place)]
+            between = below + (place - int(place)) * (relative[math.ceil(place)] - below)
+            assert value == pytest.approx(between)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_is_changed(runs: ModuleType, run, corpus: Corpus, training):
     run.attachment.model.train(training)

@@ -22,6 +22,8 @@ def test_layers():
         "load": [3, 1, 0, 4],
         "max_violation": 1.0,
         "min_violation": -1.0,
+        "mean_violation": 0.75,
+        "dead_experts": 1,
     }
     even = layer_record("layer", torch.tensor([2, 2]))
     assert (even["max_violation"], even["min_violation"]) == (0.0, 0.0)

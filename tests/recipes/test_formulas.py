@@ -145,9 +145,29 @@ def test_drmoet_weighs_experts_by_their_mean_losses(runs, corpus, tmp_path):
     assert any(abs(r["objective"] - r["loss"]) > 1e-7 for r in steps[2:])
 
 
-def test_drgr_looks_ahead_inside_its_budget(runs, corpus, tmp_path):
+def test_drgr_draws_by_kl_weights_of_training_losses_from_a_later_step_on(runs, corpus, tmp_path):
+    config = small(runs, "drgr", robustness__begin=4, robustness__every=2)
+    run, steps = trained(runs, corpus, tmp_path, config)
+    assert run.outer is None
+    assert all(record["batches_over"] == 0 for record in steps)
+    uniform = 1 / len(corpus.domains)
+    assert all(share == uniform for share in steps[0]["sampling"].values())
+    adversary = run.adversary
+    adversary.refresh()
+    tilts = [math.exp(float(loss) / 0.38) for loss in adversary.losses]
+    expected = [tilt / sum(tilts) for tilt in tilts]
+    assert adversary.weights.sampling.tolist() == pytest.approx(expected, rel=1e-6)
+    assert max(expected) > 1.05 * uniform
+
+
+def test_drgr_bilevel_looks_ahead_inside_its_budget(runs, corpus, tmp_path):
     config = small(
-        runs, "drgr", outer__begin=2, outer__every=2, robustness__begin=1, robustness__every=2
+        runs,
+        "drgr-bilevel",
+        outer__begin=2,
+        outer__every=2,
+        robustness__begin=1,
+        robustness__every=2,
     )
     run, steps = trained(runs, corpus, tmp_path, config)
     assert run.outer.settings.lookahead

@@ -137,6 +137,8 @@ class _Synthetic:
                     "load": load,
                     "max_violation": max(load) / mean - 1,
                     "min_violation": min(load) / mean - 1,
+                    "mean_violation": sum(abs(count / mean - 1) for count in load) / len(load),
+                    "dead_experts": load.count(0),
                     "price": 0.05,
                     "congestion": 1.5 + index + math.exp(-step / 60),
                 }
@@ -158,6 +160,10 @@ class _Synthetic:
             "loss": sum(map(lambda a, b: a * b, losses, self.sampling)) * 1.6,
             "objective": sum(map(lambda a, b: a * b, losses, weights)) * 1.6,
             "auxiliary_loss": 0.011,
+            "routing_losses": {
+                "global-balance": {"value": 1 + 1 / step, "coefficient": 0.01},
+                "chunk-sparsity": {"value": 0.5 - step / 1e4, "coefficient": 0.1 + step / 1e4},
+            },
             "domain_loss": self.named(losses),
             "domain_tokens": self.named([round(tokens * part) for part in self.sampling]),
             "sampling": self.named(self.sampling),
@@ -211,6 +217,12 @@ class _Synthetic:
                     "domain_load": by_domain,
                     "max_violation": max(load) / mean - 1,
                     "min_violation": min(load) / mean - 1,
+                    "mean_violation": sum(abs(count / mean - 1) for count in load) / len(load),
+                    "dead_experts": load.count(0),
+                    "overload_factor": max(load) / mean,
+                    "load_percentiles": {"50": 1.0},
+                    "routing_entropy": 0.75 - 0.01 * index,
+                    "router_similarity": 0.02 * index - 0.01,
                     "congestion": 1.25 + index,
                     "domain_traffic": {
                         name: [1e-4 * count for count in self.loads(index + position, 900, 0.7)]

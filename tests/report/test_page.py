@@ -99,9 +99,26 @@ def test_totals_and_layers_equal_the_evaluation(finished):
     assert values["Exchange a step, forward"][1] == "6.29 MB"
     _, *rows = page.rows("layers")
     assert [tuple(cell_value(cell) for cell in row[1:]) for row in rows] == [
-        (layer["max_violation"], layer["min_violation"], layer["congestion"])
+        (
+            layer["max_violation"],
+            layer["min_violation"],
+            layer["mean_violation"],
+            layer["dead_experts"],
+            layer["routing_entropy"],
+            layer["router_similarity"],
+            layer["congestion"],
+        )
         for layer in written["layers"]
     ]
+
+
+def test_routing_losses_are_those_of_the_first_and_the_last_window(finished):
+    _, page = finished
+    _, *rows = page.rows("losses")
+    assert {row[0][1]: [cell_value(cell) for cell in row[1:]] for row in rows} == {
+        "global-balance": [1 + 1 / 10, 1 + 1 / 300, 0.01],
+        "chunk-sparsity": [0.5 - 10 / 1e4, 0.5 - 300 / 1e4, 0.1 + 300 / 1e4],
+    }
 
 
 def test_header_says_how_it_was_run(finished):

@@ -101,7 +101,7 @@ def test_half_precision_counts_many_tokens():
     # 70000 is beyond the largest float16.
     scores = torch.full((70000, 2), 0.5, dtype=torch.float16)
     loss = load_balancing_loss(scores, torch.tensor([70000, 0]))
-    assert loss.dtype == torch.float16
+    assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(1, rel=1e-2)
 
 

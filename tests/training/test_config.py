@@ -16,6 +16,22 @@ from drgr.recipes import RECIPES
 from drgr.training import RunConfig, known_keys, override, parse_config, read_config
 
 DEFAULT = parse_config({})
+LOSSES: list[dict[str, Any]] = [
+    {"kind": "global-balance"},
+    {"kind": "micro-balance"},
+    {"kind": "sequence-balance"},
+    {"kind": "top1-balance", "temperature": 0.5},
+    {"kind": "router-z"},
+    {"kind": "tsallis", "order": 2.0},
+    {"kind": "specialisation-balance", "entropy_coefficient": -0.1},
+    {"kind": "routing-information"},
+    {"kind": "activation-locality", "sharpness": 10.0},
+    {"kind": "chunk-sparsity", "chunk_length": 8, "adaptive": {"warmup": 20, "window": 5}},
+    {"kind": "expert-router-coupling", "tolerance": 0.5, "noise": False},
+    {"kind": "expert-specialisation"},
+    {"kind": "layer-coupling"},
+    {"kind": "pool-balance"},
+]
 ALTERNATIVES = [
     DEFAULT,
     parse_config({"model": {"kind": "pretrained", "path": "somewhere"}}),
@@ -29,8 +45,25 @@ ALTERNATIVES = [
     parse_config({"routing": {"controller": {"kind": "selective-sinkhorn"}}}),
     parse_config({"routing": {"scores": {"kind": "softmax"}}}),
     parse_config({"routing": {"scores": {"kind": "sigmoid"}}}),
+    parse_config({"routing": {"scores": {"kind": "cosine"}}}),
+    parse_config({"routing": {"scores": {"kind": "k-means"}}}),
+    parse_config({"routing": {"scores": {"kind": "norm"}}}),
+    parse_config({"routing": {"scores": {"kind": "relu-rms"}}}),
+    parse_config({"routing": {"scores": {"kind": "tsallis-hybrid"}}}),
+    parse_config({"routing": {"scores": {"kind": "noisy"}}}),
+    parse_config({"routing": {"scores": {"kind": "gaussian"}}}),
+    parse_config({"routing": {"scores": {"kind": "stochastic"}}}),
+    parse_config({"routing": {"selection": {"kind": "top-p"}}}),
+    parse_config({"routing": {"selection": {"kind": "open"}, "scores": {"kind": "norm"}}}),
+    parse_config({"routing": {"selection": {"kind": "threshold"}}}),
+    parse_config({"routing": {"selection": {"kind": "sequence"}}}),
+    parse_config({"routing": {"selection": {"kind": "layers", "averages": [1, 2, 3, 2]}}}),
+    parse_config(
+        {"routing": {"selection": {"kind": "progressive", "first": [4], "switch_step": 9}}}
+    ),
     parse_config({"outer": {"solver": {"kind": "cg"}}}),
     parse_config({"outer": {"solver": {"kind": "neumann"}}}),
+    *(parse_config({"routing": {"losses": [{"coefficient": 0.5, **loss}]}}) for loss in LOSSES),
 ]
 
 # Another valid value of every setting of the default configuration. A new setting must be added
@@ -54,6 +87,7 @@ OTHER_VALUES: dict[str, Any] = {
     "routing.budget.maximum": 8,
     "routing.budget.average": 2.5,
     "routing.scores.kind": "sigmoid",
+    "routing.selection.kind": "sequence",
     "routing.controller.kind": "none",
     "routing.controller.smoothing": 0.5,
     "routing.controller.target": [1.0, 2.0],
@@ -75,6 +109,7 @@ OTHER_VALUES: dict[str, Any] = {
     "outer.gates.penalty": 0.5,
     "outer.gates.group": "expert",
     "routing.auxiliary_coefficient": 0.01,
+    "routing.losses": [{"kind": "router-z", "coefficient": 1e-3}],
     "routing.price_smoothing": 0.5,
     "routing.link_gates": True,
     "routing.traffic.measure": False,
@@ -133,7 +168,9 @@ def at(config: RunConfig, path: str) -> Any:
     """The value at a dotted path."""
     value: Any = config.model_dump(mode="json")
     for key in path.split("."):
-        value = value[key]
+        if not isinstance(value, dict | list) or (isinstance(value, list) and not value):
+            raise KeyError(path)
+        value = value[int(key)] if isinstance(value, list) else value[key]
     return value
 
 
@@ -261,6 +298,23 @@ class TestOverride:
         assert at(changed, "routing.controller") == controller
         assert at(changed, "robustness.radius") == 0.3
 
+    def test_entries_of_lists_have_numbers(self):
+        losses = ["{kind: router-z, coefficient: 1}", "{kind: tsallis, coefficient: 2}"]
+        listed = override(DEFAULT, [f"routing.losses=[{', '.join(losses)}]"])
+        changed = override(listed, ["routing.losses.1.order=3", "routing.losses.1.coefficient=4"])
+        assert at(changed, "routing.losses.0") == {"kind": "router-z", "coefficient": 1.0}
+        tsallis = {"kind": "tsallis", "coefficient": 4.0, "order": 3.0}
+        assert at(changed, "routing.losses.1") == tsallis
+        with pytest.raises(ConfigError, match=r"routing.losses.2 is not a setting"):
+            override(listed, ["routing.losses.2.order=3"])
+
+    def test_the_short_form_of_a_loss(self):
+        short = parse_config({"routing": {"auxiliary_coefficient": 0.5}}).routing
+        entry = {"kind": "global-balance", "coefficient": 0.5}
+        long = parse_config({"routing": {"losses": [entry]}}).routing
+        assert short.all_losses == long.all_losses == long.losses
+        assert short.losses == ()
+
     def test_later_assignments_win_and_the_original_stays(self):
         changed = override(DEFAULT, ["training.steps=1", "training.steps=2"])
         assert changed.training.steps == 2
@@ -294,6 +348,8 @@ class TestOverride:
             ("trainin.steps=3", "trainin is not a setting; the nearest is training"),
             ("name.x=3", "name holds one value, no settings of its own"),
             ("data.sampling.email=3", "data.sampling holds one value"),
+            ("routing.losses.0.coefficient=1", "routing.losses.0 is not a setting"),
+            ("routing.losses.0=1", "routing.losses.0 is not a setting"),
             ("training.steps=[1", r"'training.steps=\[1' is not YAML"),
             ("routing.controller=quantile", "routing.controller: "),
         ],
@@ -342,6 +398,73 @@ class TestErrors:
             (
                 {"routing": {"traffic": {"measure": False, "coefficient": 0.5}}},
                 ["routing.traffic: coefficient must be 0 where nothing is measured, got 0.5"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "threshold", "level": 0.5, "per_expert": True}}},
+                ["routing.selection: per_expert needs learned thresholds, got level 0.5; set"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "top-p", "p": 1.5}}},
+                ["routing.selection.p: ", "less than or equal to 1", "got 1.5"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers"}}},
+                ["routing.selection: either averages or both shape and total must be set, got"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers", "shape": "wave"}}},
+                ["routing.selection: either averages or both", "shape wave and total None"],
+            ),
+            (
+                {"routing": {"selection": {"kind": "layers", "averages": [2], "total": 4}}},
+                ["routing.selection: either averages or both", "total 4; set the others to null"],
+            ),
+            (
+                {"routing": {"losses": [{"kind": "router-q", "coefficient": 1}]}},
+                ["routing.losses.0: ", "'router-q'", "'router-z'"],
+            ),
+            (
+                {"routing": {"losses": [{"kind": "router-z"}]}},
+                ["routing.losses.0.coefficient: Field required"],
+            ),
+            (
+                {"routing": {"losses": [{"kind": "tsallis", "coefficient": 1, "ordr": 2}]}},
+                ["routing.losses.0.ordr is not a setting; the nearest is routing.losses.0.order"],
+            ),
+            (
+                {"routing": {"losses": [{"kind": "tsallis", "coefficient": 1, "order": 0}]}},
+                ["routing.losses.0.order: ", "greater than 0", "got 0"],
+            ),
+            (
+                {"routing": {"losses": [{"kind": "router-z", "coefficient": 1}] * 2}},
+                ["routing: losses must hold one entry of a kind, got more of router-z"],
+            ),
+            (
+                {
+                    "routing": {
+                        "auxiliary_coefficient": 1,
+                        "losses": [{"kind": "global-balance", "coefficient": 1}],
+                    }
+                },
+                ["got more of global-balance", "auxiliary_coefficient counts as global-balance"],
+            ),
+            (
+                {
+                    "routing": {
+                        "losses": [{"kind": "chunk-sparsity", "coefficient": 0, "adaptive": {}}]
+                    }
+                },
+                ["routing.losses.0: coefficient must be above 0 where it is adaptive, got 0"],
+            ),
+            (
+                {
+                    "routing": {
+                        "losses": [
+                            {"kind": "chunk-sparsity", "coefficient": 1, "adaptive": {"warmup": 9}}
+                        ]
+                    }
+                },
+                ["routing.losses.0.adaptive: warmup must be at least two windows, 200 steps, got"],
             ),
             (
                 {"robustness": {"penalty": 2.0, "radius": 0.1}},

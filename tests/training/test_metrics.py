@@ -18,6 +18,14 @@ LAYER = {
     "load": [COUNT],
     "max_violation": NUMBER,
     "min_violation": NUMBER,
+    "mean_violation": NUMBER,
+    "dead_experts": COUNT,
+}
+EVALUATED = LAYER | {
+    "overload_factor": NUMBER,
+    "load_percentiles": dict.fromkeys(("5", "25", "50", "75", "95"), NUMBER),
+    "routing_entropy": NUMBER,
+    "router_similarity": NUMBER,
 }
 OPEN = {"open_links": "number or null"}
 BY_DOMAIN, COUNTS_BY_DOMAIN = {"*": NUMBER}, {"*": COUNT}
@@ -34,6 +42,7 @@ TRAIN = {
     "loss": NUMBER,
     "objective": NUMBER,
     "auxiliary_loss": NUMBER,
+    "routing_losses": {"router-z": {"value": NUMBER, "coefficient": NUMBER}},
     "domain_loss": {"*": "number or null"},
     "domain_tokens": COUNTS_BY_DOMAIN,
     "sampling": BY_DOMAIN,
@@ -60,6 +69,7 @@ VALIDATION = {
     "worst_bits_per_byte": NUMBER,
     "budget": COUNT,
     "spend": COUNT,
+    "layers": [EVALUATED],
 }
 OUTER = {
     "kind": TEXT,
@@ -111,8 +121,14 @@ EVALUATION = {
     },
     "exchanged_bytes": {"forward": NUMBER, "backward": NUMBER},
     "layers": [
-        LAYER
-        | {"domain_load": {"*": [COUNT]}, "congestion": NUMBER, "domain_traffic": {"*": [NUMBER]}}
+        EVALUATED
+        | {
+            "domain_load": {"*": [COUNT]},
+            "training_budget": COUNT,
+            "training_spend": COUNT,
+            "congestion": NUMBER,
+            "domain_traffic": {"*": [NUMBER]},
+        }
     ],
 }
 
@@ -158,6 +174,7 @@ def run_path(runs: ModuleType, corpus: Corpus, tmp_path_factory):
         robustness__apply_to="nothing",
         robustness__penalty=0.01,
         robustness__alarm_below=3.9,
+        routing__losses=[{"kind": "router-z", "coefficient": 1e-3}],
         training__log_every=5,
         training__steps=11,
     )

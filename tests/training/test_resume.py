@@ -26,6 +26,12 @@ VARIANTS = {
         "routing__controller": {"kind": "selective-sinkhorn", "probability": 0.5},
         "training__accumulation": 2,
     },
+    "learned-noise": {"routing__scores": {"kind": "noisy"}},
+    "k-means": {
+        "routing__scores": {"kind": "k-means", "dead_after": 2, "centred": True},
+        "routing__controller": {"kind": "sign-bias"},
+        "training__accumulation": 2,
+    },
     "outer-lookahead": {
         "robustness__apply_to": "nothing",
         "outer": {"variables": ["mixture"], "begin": 1, "every": 2, "windows": 1},
@@ -54,6 +60,17 @@ VARIANTS = {
         "robustness__nominal": "previous",
         "robustness__uniform_share": 0.01,
         "robustness__losses": "train",
+    },
+    "losses-adaptive": {
+        "routing__losses": [
+            {
+                "kind": "chunk-sparsity",
+                "coefficient": 0.1,
+                "chunk_length": 8,
+                "adaptive": {"warmup": 4, "window": 2},
+            },
+            {"kind": "expert-router-coupling", "coefficient": 0.1},
+        ],
     },
     "auxiliary-accumulation": {
         "routing__controller": {"kind": "none"},

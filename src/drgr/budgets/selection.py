@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from drgr.budgets.marginal_price import price_between
 from drgr.budgets.token_budget import TokenBudget
 from drgr.collectives import gather_rows, sum_over_processes
 
@@ -128,7 +129,7 @@ def select_exactly(
         keep=keep,
         spend=sum_over_processes(keep.sum(), group),
         limit=limit,
-        price=_price_between(candidates[order], num_extras),
+        price=price_between(candidates[order], num_extras),
     )
 
 
@@ -186,25 +187,3 @@ def select_at_price(
         limit=budget.total_on_device(num_valid),
         price=values.new_tensor(torch.nan) if price is None else price,
     )
-
-
-def _price_between(ordered: Tensor, num_kept: Tensor) -> Tensor:
-    """Returns the middle of the last value kept and the first refused, of the finite ``ordered``.
-
-    With nothing kept it is the best value refused; with nothing refused, just below the worst value
-    kept; without any candidate there is no price: NaN.
-    """
-    if ordered.numel() == 0:
-        return ordered.new_full((), torch.nan)
-    num_finite = torch.isfinite(ordered).sum()
-    last = (num_finite - 1).clamp_min(0)
-    # Indices of one dimension: a scalar tensor as index would be read by the host.
-    places = torch.stack([(num_kept - 1).clamp_min(0), num_kept]).minimum(last)
-    kept, refused = ordered[places]
-    middle = (kept + refused) / 2
-    # Between neighbouring floats the middle may round up to the value kept, which must exceed it.
-    middle = torch.where(middle >= kept, refused, middle)
-    below = torch.nextafter(kept, torch.full_like(kept, -torch.inf))
-    middle = torch.where(num_kept >= num_finite, below, middle)
-    middle = torch.where(num_kept == 0, refused, middle)
-    return torch.where(num_finite == 0, torch.full_like(middle, torch.nan), middle)

@@ -12,14 +12,19 @@ from drgr.cli.display import (
     Record,
     evaluation_summary,
     evaluation_table,
+    methods_table,
     preparation_display,
     quiet_libraries,
 )
-from drgr.cli.running import existing_run, load_recipe, prepare, run_evaluation, run_training
+from drgr.cli.evaluating import EvaluationRequest, find_target, run_evaluation
+from drgr.cli.protocol_display import protocol_summary, protocol_table
+from drgr.cli.running import existing_run, load_recipe, prepare, run_training
 from drgr.collectives import rank
 from drgr.data import BUILT_IN_CORPORA
+from drgr.errors import ConfigError
 from drgr.recipes import RECIPES
 from drgr.report import write_report
+from drgr.routing.methods import METHODS
 from drgr.training import (
     DataConfig,
     RunDirectory,
@@ -58,15 +63,33 @@ def train_run(
         report_runs([directory.path], output=None)
 
 
-def evaluate_run(
-    run_dir: Path, *, split: str, windows: int | None, output: Path | None, cache: Path | None
+def evaluate_target(
+    name: str, request: EvaluationRequest, *, output: Path | None, protocol: Path | None
 ) -> None:
-    """Evaluates the last checkpoint of a run and shows the result."""
+    """Evaluates the last checkpoint of a run, or a model, shows the result and writes it."""
     quiet_libraries()
-    record = run_evaluation(existing_run(run_dir), split=split, windows=windows, cache=cache)
-    _show(record)
-    if output is not None:
-        write_json(output, record)
+    target = find_target(name, data=request.data)
+    is_own = isinstance(target, RunDirectory) and request.data is None
+    if output is not None and not is_own:
+        raise ConfigError(
+            "--output is for the evaluation of a run on its own data; use --protocol FILE for the "
+            "protocol's record"
+        )
+    if protocol is None and is_own and isinstance(target, RunDirectory):
+        protocol = target.protocol
+    outcome = run_evaluation(target, request)
+    if not outcome.is_first_process:
+        return
+    if outcome.evaluation is not None:
+        _show(outcome.evaluation)
+        if output is not None:
+            write_json(output, outcome.evaluation)
+    console = Console()
+    console.print(protocol_table(outcome.protocol))
+    console.print(protocol_summary(outcome.protocol), highlight=False, soft_wrap=True)
+    if protocol is not None:
+        write_json(protocol, outcome.protocol)
+        typer.echo(f"{'protocol':<22}{protocol}")
 
 
 def report_runs(run_dirs: Sequence[Path], *, output: Path | None) -> None:
@@ -85,6 +108,15 @@ def show_recipes(name: str | None) -> None:
     for key, recipe in RECIPES.items():
         summary, *_ = (recipe.__doc__ or "").strip().splitlines()
         typer.echo(f"{key:<12}{summary}")
+
+
+def show_methods(kind: str | None) -> None:
+    """Lists the routing methods, or those of one kind."""
+    kinds = sorted({method.kind for method in METHODS})
+    if kind is not None and kind not in kinds:
+        raise ConfigError(f"kind must be one of {', '.join(kinds)}, got {kind}")
+    shown = [method for method in METHODS if kind in (None, method.kind)]
+    Console().print(methods_table(shown))
 
 
 def show_settings() -> None:

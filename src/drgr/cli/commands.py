@@ -4,6 +4,7 @@ What a command does is in ``actions``, which is imported when a command runs: it
 transformers, and ``drgr --help`` should not wait for them.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -101,18 +102,61 @@ def train_command(
 
 @app.command("evaluate")
 def evaluate_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run directory, a saved MoE model, or its hub name."
+        ),
+    ],
+    *,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="A built-in corpus or a domain file; by default the run's own. Models need it.",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer of a model, where it has none of its own.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     windows: Annotated[
         int | None, typer.Option(min=1, help="Sequences of each domain at most; default all.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Also write the record as JSON.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a sequence; by default the run's.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a forward pass; by default the run's.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Another evaluation, or a run, to take the excess over.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Forward passes that are timed.")] = 20,
+    output: Annotated[
+        Path | None, typer.Option(help="Also write a run's evaluation record as JSON.")
+    ] = None,
+    protocol: Annotated[
+        Path | None,
+        typer.Option(help="Where the whole record goes; by default protocol.json in the run."),
+    ] = None,
     cache: Cache = None,
 ) -> None:
-    """Evaluate the last checkpoint of a run on every domain of a split."""
-    from drgr.cli import actions
+    """Evaluate a run's last checkpoint or any MoE model: robustness, fairness, compute."""
+    from drgr.cli import actions, evaluating
 
-    actions.evaluate_run(run_dir, split=split, windows=windows, output=output, cache=cache)
+    request = evaluating.EvaluationRequest(
+        data=data,
+        tokenizer=tokenizer,
+        split=split,
+        windows=windows,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        repeats=repeats,
+        reference=reference,
+        cache=cache,
+    )
+    actions.evaluate_target(target, request, output=output, protocol=protocol)
 
 
 @app.command("report")
@@ -133,6 +177,42 @@ def report_command(
     actions.report_runs(run_dirs, output=output)
 
 
+@app.command("compare")
+def compare_command(
+    experiment: Annotated[
+        Path, typer.Argument(metavar="EXPERIMENT", help="A YAML or JSON file of methods.")
+    ],
+    *,
+    directory: Annotated[
+        Path | None, typer.Option(help="Where everything is kept; by default runs/NAME.")
+    ] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time, a process each.")] = 1,
+    cache: Cache = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Make runs that failed before anew.")
+    ] = False,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Run from source that differs from its commit.")
+    ] = False,
+    export: Annotated[
+        str | None, typer.Option(help="Run nothing; write the results as csv, latex or markdown.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="File of --export; else the output.")] = None,
+) -> None:
+    """Compare methods over seeds at equal FLOPs; continues where it was interrupted."""
+    if importlib.util.find_spec("scipy") is None:
+        raise ConfigError("drgr compare needs scipy; install it with pip install 'drgr[compare]'")
+    from drgr.cli import comparing
+
+    comparison = comparing.open_comparison(experiment, directory=directory, cache=cache)
+    if export is not None:
+        comparing.export_results(comparison, form=export, output=output)
+        return
+    comparing.compare_methods(
+        comparison, parallel=parallel, retry_failed=retry_failed, allow_dirty=allow_dirty
+    )
+
+
 @app.command("recipes")
 def recipes_command(
     name: Annotated[
@@ -143,6 +223,18 @@ def recipes_command(
     from drgr.cli import actions
 
     actions.show_recipes(name)
+
+
+@app.command("methods")
+def methods_command(
+    kind: Annotated[
+        str | None, typer.Argument(help="score, price, selection or loss; all by default.")
+    ] = None,
+) -> None:
+    """List the routing methods: name, source, what is published and what derived."""
+    from drgr.cli import actions
+
+    actions.show_methods(kind)
 
 
 @app.command("settings")

@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from drgr.routing.methods import Method
 from drgr.training import StepView
 
 Record = dict[str, Any]
@@ -138,20 +139,32 @@ def evaluation_table(record: Record) -> Table:
     return table
 
 
+def methods_table(methods: Sequence[Method]) -> Table:
+    """Returns the table of routing methods, one row each."""
+    table = Table(show_lines=True)
+    for header in ("name", "kind"):
+        table.add_column(header, no_wrap=True)
+    for header in ("source", "status", "what it does"):
+        table.add_column(header)
+    for method in methods:
+        table.add_row(method.name, method.kind, method.source, method.status, method.summary)
+    return table
+
+
 def evaluation_summary(record: Record) -> str:
     """Returns the lines below the table."""
     budget, trained = record["budget"], record["budget"]["training"]
-    evaluated = budget["evaluation"]
+    evaluated, average = budget["evaluation"], budget["average"]
     lines = [
         f"mean bits per byte    {record['mean_bits_per_byte']:.3f}",
         f"worst domain          {record['worst_domain']} at {record['worst_bits_per_byte']:.3f}",
         f"effective domains     {record['effective_domains']:.2f} of {len(record['domains'])}",
-        f"budget                {budget['minimum']} to {budget['maximum']} experts a token, "
-        f"{budget['average']:g} on average",
+        f"budget                {budget['minimum']} to {budget['maximum']} experts a token"
+        + ("" if average is None else f", {average:g} on average"),
         f"spend in training     {trained['spend']:,} of {trained['budget']:,} assignments, "
         f"{trained['batches_over']} batches over",
         f"spend at evaluation   {evaluated['spend']:,} of {evaluated['budget']:,} assignments "
-        f"({evaluated['spend'] / max(1, evaluated['budget']):.1%}), at the frozen price",
+        f"({evaluated['spend'] / max(1, evaluated['budget']):.1%}), each token by itself",
         f"training FLOPs        {record['flops']:.3e}, of which {record['outer_flops']:.1e} in the "
         "outer loop",
         f"speed                 {record['tokens_per_second']:,.0f} tokens/s",

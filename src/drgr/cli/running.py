@@ -25,7 +25,6 @@ from drgr.training import (
     build_run,
     check_run_directory,
     describe_environment,
-    evaluate_run,
     read_config,
     remove_run,
     resolve_cache,
@@ -119,19 +118,19 @@ def run_training(
     overwrite: bool,
 ) -> CommandOutcome:
     """Trains, in this process or together with those that torchrun started."""
-    with _joined_processes():
+    with joined_processes():
         is_first = rank() == 0
         if is_first:
             check_run_directory(directory.path, resume=resume, overwrite=overwrite)
         console = Console(stderr=True, quiet=not is_first)
-        corpus = _prepare_together(config.data, cache=cache, console=console)
+        corpus = prepare_together(config.data, cache=cache, console=console)
         run = build_run(config, corpus)
         if is_first and overwrite:
             remove_run(directory)
         unit = "b/B" if config.robustness.unit == "bits-per-byte" else "nats"
         with (
             TrainingDisplay(console, total=config.training.steps, unit=unit) as display,
-            _usage_error_before(lambda: display.has_stepped),
+            usage_error_before(lambda: display.has_stepped),
             _quiet_threads(),
         ):
             outcome = train(
@@ -147,17 +146,6 @@ def run_training(
         evaluation=outcome.evaluation,
         is_first_process=is_first,
     )
-
-
-def run_evaluation(
-    directory: RunDirectory, *, split: str, windows: int | None, cache: Path | None
-) -> Record:
-    """Evaluates the last checkpoint of a run."""
-    config = read_config(directory.config)
-    with preparation_display(Console(stderr=True)) as display:
-        corpus = prepare(config.data, cache=resolve_cache(cache), report=display)
-    with _usage_error_before(lambda: False):
-        return evaluate_run(build_run(config, corpus), directory, split=split, max_windows=windows)
 
 
 @contextmanager
@@ -177,7 +165,7 @@ def _quiet_threads() -> Iterator[None]:
 
 
 @contextmanager
-def _usage_error_before(has_begun: Callable[[], bool]) -> Iterator[None]:
+def usage_error_before(has_begun: Callable[[], bool]) -> Iterator[None]:
     """Makes a checkpoint that cannot be used a matter of usage, as long as nothing was computed."""
     try:
         yield
@@ -187,7 +175,7 @@ def _usage_error_before(has_begun: Callable[[], bool]) -> Iterator[None]:
         raise ConfigError(str(error)) from error
 
 
-def _prepare_together(data: DataConfig, *, cache: Path | None, console: Console) -> Corpus:
+def prepare_together(data: DataConfig, *, cache: Path | None, console: Console) -> Corpus:
     """Prepares the corpus in the first process while the others wait; then all open it."""
     if world_size() > 1 and rank() != 0:
         dist.barrier()
@@ -199,7 +187,7 @@ def _prepare_together(data: DataConfig, *, cache: Path | None, console: Console)
 
 
 @contextmanager
-def _joined_processes() -> Iterator[None]:
+def joined_processes() -> Iterator[None]:
     """Joins the processes that torchrun started, for the time of a command."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield

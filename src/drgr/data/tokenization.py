@@ -16,6 +16,7 @@ from drgr.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+_PLAIN_TEXT = "a plain sentence"
 _CHUNK_CHARACTERS = 1 << 18
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 Encode = Callable[[list[str]], list[list[int]]]
@@ -79,7 +80,8 @@ def load_encoder(directory: Path) -> Encoder:
     """Loads a saved tokenizer for encoding.
 
     Raises:
-        DataError: If it cannot be loaded, or has no end-of-text (or separator) token.
+        DataError: If it cannot be loaded, has no end-of-text (or separator) token, or no
+            vocabulary.
     """
     tokenizer = _load(str(directory))
     end_of_text = tokenizer.eos_token_id
@@ -91,8 +93,16 @@ def load_encoder(directory: Path) -> Encoder:
             "eos_token, or let the corpus train its own"
         )
     largest = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    encode = _fast(tokenizer) if tokenizer.is_fast else _slow(tokenizer)
+    # Given a model's config.json alone, transformers makes a tokenizer of its kind that knows
+    # special tokens only.
+    if not encode([_PLAIN_TEXT])[0]:
+        raise DataError(
+            f"the tokenizer has no token for {_PLAIN_TEXT!r}: its files are missing; name another "
+            "one, or let the corpus train its own"
+        )
     return Encoder(
-        encode=_fast(tokenizer) if tokenizer.is_fast else _slow(tokenizer),
+        encode=encode,
         vocabulary_size=largest,
         end_of_text=int(end_of_text),
     )

@@ -12,6 +12,13 @@ from torch.distributed import ProcessGroup
 from drgr.collectives import rank, sum_over_processes, world_size
 from drgr.data import Batch, Corpus, evaluation_batches
 from drgr.integrations.transformers import Attachment
+from drgr.routing import router_similarity, tsallis_entropy
+from drgr.routing.tokens import expert_probabilities
+
+
+def entropy_sum(scores: Tensor) -> Tensor:
+    """Sums the routing entropy of each token of this process, as a share of its largest value."""
+    return tsallis_entropy(expert_probabilities(scores.double()), order=1.0).sum()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,17 +27,24 @@ class DomainScores:
 
     Attributes:
         domains: Names, ``G`` of them.
+        layer_names: Names of the MoE layers, ``L`` of them.
         loss_sums: Summed token losses in nats, shape ``(G,)``, float64.
         num_tokens: Tokens predicted, shape ``(G,)``, int64.
         expert_load: Assignments by layer, domain and expert, shape ``(L, G, E)``, int64.
+        entropy_sums: Summed routing entropies of tokens by layer and domain, each in [0, 1], shape
+            ``(L, G)``, float64; NaN where scores are not known.
+        router_similarity: Mean cosine of two router rows by layer, shape ``(L,)``, float64.
         bytes_per_token: UTF-8 bytes per token of each domain's split, shape ``(G,)``, float64.
         limit: Assignments that the budget allows for these tokens, over all layers.
     """
 
     domains: tuple[str, ...]
+    layer_names: tuple[str, ...]
     loss_sums: Tensor
     num_tokens: Tensor
     expert_load: Tensor
+    entropy_sums: Tensor
+    router_similarity: Tensor
     bytes_per_token: Tensor
     limit: int
 
@@ -49,6 +63,11 @@ class DomainScores:
         """Mean experts of a token and layer, shape ``(G,)``."""
         num_layers = self.expert_load.shape[0]
         return self.expert_load.sum(dim=(0, 2)) / (self.num_tokens * num_layers)
+
+    @property
+    def routing_entropy(self) -> Tensor:
+        """Mean routing entropy of a token over its largest value, by layer, shape ``(L,)``."""
+        return self.entropy_sums.sum(dim=1) / self.num_tokens.sum()
 
     @property
     def spend(self) -> int:
@@ -133,6 +152,7 @@ class _Totals:
         self._loss_sums = torch.zeros(num_domains, dtype=torch.float64, device=device)
         self._num_tokens = torch.zeros(num_domains, dtype=torch.int64, device=device)
         self._load = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._entropy_sums = torch.zeros(shape[:2], dtype=torch.float64, device=device)
         self._limit = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, model: nn.Module, domain: int, batch: Batch) -> None:
@@ -144,6 +164,7 @@ class _Totals:
         self._num_tokens[domain] += losses.numel()
         for layer, routing in enumerate(records):
             self._load[layer, domain] += routing.plan.expert_load
+            self._entropy_sums[layer, domain] += entropy_sum(routing.scores)
             self._limit += routing.selection.limit
 
     def summed(self, corpus: Corpus, split: str, group: ProcessGroup | None) -> DomainScores:
@@ -151,9 +172,14 @@ class _Totals:
         ratios = [corpus.bytes_per_token(split, domain) for domain in corpus.domains]
         return DomainScores(
             domains=tuple(corpus.domains),
+            layer_names=self._attachment.layer_names,
             loss_sums=sum_over_processes(self._loss_sums, group).cpu(),
             num_tokens=sum_over_processes(self._num_tokens, group).cpu(),
             expert_load=sum_over_processes(self._load, group).cpu(),
+            entropy_sums=sum_over_processes(self._entropy_sums, group).cpu(),
+            router_similarity=torch.stack(
+                [router_similarity(rows).cpu() for rows in self._attachment.router_weights]
+            ),
             bytes_per_token=torch.tensor(ratios, dtype=torch.float64),
             limit=int(sum_over_processes(self._limit, group)),
         )

@@ -3,18 +3,43 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from drgr.budgets import TokenBudget
 from drgr.errors import ConfigError
 from drgr.evaluation.domains import DomainScores
-from drgr.routing import max_violation, min_violation
+from drgr.routing import (
+    dead_experts,
+    load_percentiles,
+    max_violation,
+    mean_violation,
+    min_violation,
+    overload_factor,
+)
 
 Json = dict[str, Any]
+
+_PERCENTILES = (5, 25, 50, 75, 95)
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertBounds:
+    """Experts that a token may have, in any MoE layer.
+
+    Attributes:
+        minimum: Fewest.
+        maximum: Most.
+        average: Mean over layers of their average; ``None`` where nothing holds one.
+    """
+
+    minimum: int
+    maximum: int
+    average: float | None
 
 
 def named(domains: Sequence[str], values: Tensor) -> dict[str, float | None]:
@@ -33,7 +58,29 @@ def layer_record(name: str, load: Tensor) -> Json:
         "load": load.tolist(),
         "max_violation": float(max_violation(load)),
         "min_violation": float(min_violation(load)),
+        "mean_violation": float(mean_violation(load)),
+        "dead_experts": int(dead_experts(load)),
     }
+
+
+def evaluated_layers(scores: DomainScores) -> list[Json]:
+    """Describes what every layer did with the evaluated tokens, and how alike its rows are."""
+    layers = []
+    for number, name in enumerate(scores.layer_names):
+        load = scores.expert_load[number].sum(dim=0)
+        percentiles = load_percentiles(load, _PERCENTILES).tolist()
+        layers.append(
+            layer_record(name, load)
+            | {
+                "overload_factor": float(overload_factor(load)),
+                "load_percentiles": {
+                    str(rank): value for rank, value in zip(_PERCENTILES, percentiles, strict=True)
+                },
+                "routing_entropy": float(scores.routing_entropy[number]),
+                "router_similarity": float(scores.router_similarity[number]),
+            }
+        )
+    return layers
 
 
 def validation_record(scores: DomainScores, *, step: int) -> Json:
@@ -47,6 +94,7 @@ def validation_record(scores: DomainScores, *, step: int) -> Json:
         **_summary(scores),
         "budget": scores.limit,
         "spend": scores.spend,
+        "layers": evaluated_layers(scores),
     }
 
 
@@ -55,8 +103,7 @@ def evaluation_record(
     *,
     split: str,
     step: int,
-    layer_names: Sequence[str],
-    budget: TokenBudget,
+    bounds: ExpertBounds,
     training: Json,
 ) -> Json:
     """Describes a final evaluation.
@@ -65,13 +112,12 @@ def evaluation_record(
         scores: The evaluation.
         split: The split that was evaluated.
         step: Optimizer steps taken by then.
-        layer_names: Names of the MoE layers.
-        budget: The budget of each layer, in experts.
+        bounds: Experts that a token may have.
         training: What training leaves: ``train_tokens``, ``adversarial_weight`` and
             ``average_share`` by domain, ``effective_domains``, ``flops``, ``outer_flops``,
             ``seconds``, ``tokens_per_second``, ``budget`` with ``budget``, ``spend`` and
             ``batches_over``, ``exchanged_bytes`` of a step, and for each of the ``layers`` its
-            ``congestion`` and ``domain_traffic``.
+            ``training_budget``, ``training_spend``, ``congestion`` and ``domain_traffic``.
     """
     losses = named(scores.domains, scores.losses)
     bits = named(scores.domains, scores.bits_per_byte)
@@ -89,11 +135,9 @@ def evaluation_record(
         for index, name in enumerate(scores.domains)
     }
     layers = [
-        layer_record(name, load.sum(dim=0))
-        | {"domain_load": dict(zip(scores.domains, load.tolist(), strict=True))}
-        | trained
-        for name, load, trained in zip(
-            layer_names, scores.expert_load, training["layers"], strict=True
+        layer | {"domain_load": dict(zip(scores.domains, load.tolist(), strict=True))} | trained
+        for layer, load, trained in zip(
+            evaluated_layers(scores), scores.expert_load, training["layers"], strict=True
         )
     ]
     return {
@@ -108,9 +152,9 @@ def evaluation_record(
         "effective_domains": training["effective_domains"],
         "budget": {
             "unit": "experts",
-            "minimum": budget.minimum,
-            "maximum": budget.maximum,
-            "average": float(budget.average),
+            "minimum": bounds.minimum,
+            "maximum": bounds.maximum,
+            "average": None if bounds.average is None else float(bounds.average),
             "training": training["budget"],
             "evaluation": {"budget": scores.limit, "spend": scores.spend},
         },

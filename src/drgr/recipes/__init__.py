@@ -4,12 +4,13 @@ A recipe is any function without arguments that returns a :class:`drgr.training.
 command line also takes ``package.module:function``.
 """
 
-from drgr.recipes.baselines import doge, doremi, drgr, drmoet, group_dro
+from drgr.recipes.baselines import doge, doremi, drgr, drgr_bilevel, drmoet, group_dro
 from drgr.recipes.drgr_8 import demo, erm, qwen3_moe, uniform
 
 RECIPES = {
     "demo": demo,
     "drgr": drgr,
+    "drgr-bilevel": drgr_bilevel,
     "erm": erm,
     "uniform": uniform,
     "group-dro": group_dro,
@@ -26,6 +27,7 @@ __all__ = [
     "doge",
     "doremi",
     "drgr",
+    "drgr_bilevel",
     "drmoet",
     "erm",
     "group_dro",

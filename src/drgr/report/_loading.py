@@ -14,6 +14,8 @@ from drgr.report._parsing import (
     parse_train,
     parse_validation,
 )
+from drgr.report._protocol_parsing import parse_protocol
+from drgr.report._protocol_records import ProtocolRecord
 from drgr.report._records import (
     AlarmRecord,
     EvaluationRecord,
@@ -67,6 +69,7 @@ def load_run(directory: Path) -> RunRecord:
         validation=tuple(metrics.validation),
         alarms=tuple(metrics.alarms),
         evaluation=_read_evaluation(directory, notes),
+        protocol=_read_protocol(directory, notes),
         notes=tuple(notes),
     )
 
@@ -90,6 +93,13 @@ def _read_evaluation(directory: Path, notes: list[str]) -> EvaluationRecord | No
         return None
     content = _read_object(directory, "evaluation.json", notes)
     return parse_evaluation(Fields(content, place="evaluation.json", notes=notes))
+
+
+def _read_protocol(directory: Path, notes: list[str]) -> ProtocolRecord | None:
+    if not (directory / "protocol.json").is_file():
+        return None
+    content = _read_object(directory, "protocol.json", notes)
+    return parse_protocol(Fields(content, place="protocol.json", notes=notes), notes)
 
 
 def _read_object(directory: Path, name: str, notes: list[str]) -> Mapping[str, object] | None:

@@ -1,13 +1,8 @@
-"""The page: sections in reading order, and the file that holds them."""
+"""The page about runs: sections in reading order."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
-from string import Template
-
-from plotly.offline import get_plotlyjs
 
 from drgr.errors import ConfigError
 from drgr.report._comparison import (
@@ -17,6 +12,7 @@ from drgr.report._comparison import (
     worst_against_mean,
 )
 from drgr.report._comparison_tables import comparison_table, settings_table
+from drgr.report._document import check_output, write_document
 from drgr.report._html import Html, join, styled, tag, text
 from drgr.report._loading import load_run
 from drgr.report._records import RunRecord
@@ -44,28 +40,16 @@ def write_report(runs: Sequence[Path], *, output: Path) -> Path:
     """
     if not runs:
         raise ConfigError("runs must name at least one run directory, got none; give one or more")
-    if output.is_dir():
-        raise ConfigError(f"output must be a file, got the directory '{output}'; name a file in it")
-    page = _page([load_run(directory) for directory in runs])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _write_atomically(output, page)
-    return output
-
-
-def _page(records: Sequence[RunRecord]) -> str:
-    compared, styles = _compared(records)
+    check_output(output)
+    compared, styles = _compared([load_run(directory) for directory in runs])
     labels = [run.label for run in compared]
     sections = [_comparison_section(compared, styles)] if len(compared) > 1 else []
     sections += [
         run_section(run, styles, anchor=f"run-{index}") for index, run in enumerate(compared)
     ]
-    folder = resources.files("drgr.report")
-    template = Template(folder.joinpath("template.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=text("drgr report: " + ", ".join(labels)),
-        style=folder.joinpath("report.css").read_text(encoding="utf-8"),
-        plotly=_inline_script(get_plotlyjs()),
-        script=_inline_script(folder.joinpath("report.js").read_text(encoding="utf-8")),
+    return write_document(
+        output,
+        title="drgr report: " + ", ".join(labels),
         navigation=_navigation(labels),
         content=join(*sections),
     )
@@ -134,17 +118,3 @@ def _distinct_names(directories: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{path[-1]} ({index + 1})" for index, path in enumerate(parts)]
-
-
-def _inline_script(source: str) -> str:
-    # In JavaScript strings, "\/" is "/"; in HTML, "</script" would end the element.
-    return source.replace("</script", "<\\/script")
-
-
-def _write_atomically(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from drgr.report._records import (
     EvaluationRecord,
     LayerEvaluation,
     LayerWindow,
+    LossWindow,
     TrainRecord,
     ValidationRecord,
 )
@@ -29,6 +30,7 @@ def parse_environment(fields: Fields) -> Environment:
 
 def parse_train(fields: Fields, *, step: int) -> TrainRecord:
     """Reads a line of kind ``train``."""
+    losses = fields.child("routing_losses")
     return TrainRecord(
         step=step,
         tokens=fields.number("tokens"),
@@ -44,6 +46,7 @@ def parse_train(fields: Fields, *, step: int) -> TrainRecord:
         spend=fields.number("spend"),
         exchanged_forward=fields.child("exchanged_bytes").number("forward"),
         exchanged_backward=fields.child("exchanged_bytes").number("backward"),
+        routing_losses={name: _loss_window(losses.child(name)) for name in losses.names()},
         domain_loss=fields.numbers("domain_loss"),
         domain_tokens=fields.numbers("domain_tokens"),
         sampling=fields.numbers("sampling"),
@@ -101,9 +104,15 @@ def _layer_window(fields: Fields) -> LayerWindow:
         load=fields.counts("load"),
         max_violation=fields.number("max_violation"),
         min_violation=fields.number("min_violation"),
+        mean_violation=fields.number("mean_violation"),
+        dead_experts=fields.number("dead_experts"),
         price=fields.number("price"),
         congestion=fields.number("congestion"),
     )
+
+
+def _loss_window(fields: Fields) -> LossWindow:
+    return LossWindow(value=fields.number("value"), coefficient=fields.number("coefficient"))
 
 
 def _domain_evaluation(fields: Fields) -> DomainEvaluation:
@@ -123,6 +132,10 @@ def _layer_evaluation(fields: Fields) -> LayerEvaluation:
         name=fields.text("name") or "(unnamed layer)",
         max_violation=fields.number("max_violation"),
         min_violation=fields.number("min_violation"),
+        mean_violation=fields.number("mean_violation"),
+        dead_experts=fields.number("dead_experts"),
+        routing_entropy=fields.number("routing_entropy"),
+        router_similarity=fields.number("router_similarity"),
         load=fields.counts("load"),
         domain_load={name: domain_load.counts(name) for name in domain_load.names()},
         congestion=fields.number("congestion"),

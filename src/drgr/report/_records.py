@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from drgr.report._protocol_records import ProtocolRecord
+
 Numbers = Mapping[str, float | None]
 Counts = tuple[float | None, ...]
 
@@ -44,8 +46,18 @@ class LayerWindow:
     load: Counts
     max_violation: float | None
     min_violation: float | None
+    mean_violation: float | None
+    dead_experts: float | None
     price: float | None
     congestion: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossWindow:
+    """One routing loss without its coefficient, a mean over a window of training steps."""
+
+    value: float | None
+    coefficient: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +82,7 @@ class TrainRecord:
     spend: float | None
     exchanged_forward: float | None
     exchanged_backward: float | None
+    routing_losses: Mapping[str, LossWindow]
     domain_loss: Numbers
     domain_tokens: Numbers
     sampling: Numbers
@@ -123,6 +136,10 @@ class LayerEvaluation:
     name: str
     max_violation: float | None
     min_violation: float | None
+    mean_violation: float | None
+    dead_experts: float | None
+    routing_entropy: float | None
+    router_similarity: float | None
     load: Counts
     domain_load: Mapping[str, Counts]
     congestion: float | None
@@ -178,6 +195,7 @@ class RunRecord:
         validation: validation records by increasing step.
         alarms: warnings by increasing step.
         evaluation: the held-out evaluation; ``None`` if the run was interrupted.
+        protocol: the last ``drgr evaluate``; ``None`` if there was none.
         notes: what was missing or left out while reading, for the reader of the report.
     """
 
@@ -189,4 +207,5 @@ class RunRecord:
     validation: tuple[ValidationRecord, ...]
     alarms: tuple[AlarmRecord, ...]
     evaluation: EvaluationRecord | None
+    protocol: ProtocolRecord | None
     notes: tuple[str, ...]

@@ -6,12 +6,31 @@ from drgr.report._budget_figures import experts_bars, experts_curves, spend_curv
 from drgr.report._charts import Chart
 from drgr.report._comparison import ComparedRun
 from drgr.report._expert_figures import domain_maps, load_map, violation_curves
-from drgr.report._html import Html, data_script, join, pretty_json, styled, swatch, tag, text
+from drgr.report._html import (
+    Html,
+    data_script,
+    join,
+    number,
+    pretty_json,
+    styled,
+    swatch,
+    tag,
+    text,
+)
 from drgr.report._loss_figures import final_bars, loss_curves, objective_curves
+from drgr.report._protocol_figures import decile_curves, robust_curve
+from drgr.report._protocol_tables import protocol_domains, protocol_layers, protocol_totals
 from drgr.report._records import RunRecord
 from drgr.report._style import SeriesStyle
 from drgr.report._summary import RunSummary
-from drgr.report._tables import domain_table, environment_list, layer_table, tiles, totals
+from drgr.report._tables import (
+    domain_table,
+    environment_list,
+    layer_table,
+    loss_table,
+    tiles,
+    totals,
+)
 from drgr.report._traffic_figures import congestion_curves, traffic_maps
 from drgr.report._weight_figures import adversary_curves, effective_domains, sampling_curves
 
@@ -45,6 +64,7 @@ def run_section(run: ComparedRun, styles: Mapping[str, SeriesStyle], *, anchor: 
         ),
         _domain_legend(summary, own),
         *_topics(record, summary, own),
+        _protocol(record, styles),
         _alarms(record),
         tag("h3", text("Configuration")),
         _details("Full configuration (JSON)", pretty_json(record.config)),
@@ -94,7 +114,45 @@ def _topics(
     return [
         *(join(tag("h3", text(topic)), cards(charts)) for topic, charts in topics.items()),
         balance,
+        _losses(record),
     ]
+
+
+def _protocol(record: RunRecord, styles: Mapping[str, SeriesStyle]) -> Html:
+    """Builds what ``drgr evaluate`` measured, where it did."""
+    protocol = record.protocol
+    if protocol is None:
+        return Html("")
+    windows = "all windows"
+    if protocol.max_windows is not None:
+        windows = f"at most {number(protocol.max_windows)} windows of each domain"
+    # A model whose training is not known has no steps.
+    after = "" if protocol.step is None else f" after {number(protocol.step)} steps"
+    source = f"{protocol.split} split of {protocol.corpus}{after}, {windows}"
+    return join(
+        tag("h3", text("Evaluation protocol")),
+        tag("p", text(source)),
+        styled(
+            "div",
+            "columns",
+            styled("div", "card", protocol_domains(protocol, styles), protocol_layers(protocol)),
+            styled("div", "card", protocol_totals(protocol)),
+        ),
+        cards((robust_curve(protocol), decile_curves(protocol, styles))),
+    )
+
+
+def _losses(record: RunRecord) -> Html:
+    """Builds the table of routing losses; nothing for a run without one."""
+    first, last = (
+        ({}, {})
+        if not record.train
+        else (record.train[0].routing_losses, record.train[-1].routing_losses)
+    )
+    both = {name: (first[name], last[name]) for name in first if name in last}
+    if not both:
+        return Html("")
+    return styled("div", "columns below", styled("div", "card", loss_table(both)))
 
 
 def card(chart: Chart) -> Html:

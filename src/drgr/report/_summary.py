@@ -40,14 +40,18 @@ class BudgetSummary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerBalance:
-    """Largest and smallest relative deviation of an expert's load from the layer's mean.
+    """How a layer spreads its tokens; ``docs/run-directory.md`` says what each number is.
 
-    ``congestion`` is the gradient traffic of the busiest link over that of the mean link.
+    Entropy and similarity are measured in evaluations only.
     """
 
     name: str
     max_violation: float | None
     min_violation: float | None
+    mean_violation: float | None
+    dead_experts: float | None
+    routing_entropy: float | None
+    router_similarity: float | None
     congestion: float | None
 
 
@@ -111,6 +115,8 @@ def domain_names(run: RunRecord) -> tuple[str, ...]:
         names.update(dict.fromkeys(run.train[-1].adversary))
     if run.validation:
         names.update(dict.fromkeys(run.validation[-1].bits_per_byte))
+    if run.protocol is not None:
+        names.update(dict.fromkeys(run.protocol.domains))
     return tuple(names)
 
 
@@ -153,6 +159,10 @@ def _from_evaluation(evaluation: EvaluationRecord) -> RunSummary:
                 name=layer.name,
                 max_violation=layer.max_violation,
                 min_violation=layer.min_violation,
+                mean_violation=layer.mean_violation,
+                dead_experts=layer.dead_experts,
+                routing_entropy=layer.routing_entropy,
+                router_similarity=layer.router_similarity,
                 congestion=layer.congestion,
             )
             for layer in evaluation.layers
@@ -233,6 +243,10 @@ def _layers_from_record(train: TrainRecord | None) -> tuple[LayerBalance, ...]:
             name=layer.name,
             max_violation=layer.max_violation,
             min_violation=layer.min_violation,
+            mean_violation=layer.mean_violation,
+            dead_experts=layer.dead_experts,
+            routing_entropy=None,
+            router_similarity=None,
             congestion=layer.congestion,
         )
         for layer in train.layers

@@ -16,7 +16,7 @@ from drgr.report._html import (
     tag,
     text,
 )
-from drgr.report._records import RunRecord
+from drgr.report._records import LossWindow, RunRecord
 from drgr.report._style import SeriesStyle, layer_labels
 from drgr.report._summary import (
     BudgetSummary,
@@ -117,7 +117,7 @@ def totals(summary: RunSummary) -> Html:
 
 def layer_table(summary: RunSummary) -> Html:
     """Builds the table of expert balance by layer."""
-    heads = ("Layer", "MaxVio", "MinVio", "Congestion")
+    heads = ("Layer", "MaxVio", "MinVio", "AvgVio", "Dead", "Entropy", "Similarity", "Congestion")
     head = tag("tr", *(tag("th", text(name), attributes={"scope": "col"}) for name in heads))
     labels = layer_labels([layer.name for layer in summary.layers])
     rows = [
@@ -126,15 +126,48 @@ def layer_table(summary: RunSummary) -> Html:
             tag("th", text(labels[layer.name]), attributes={"scope": "row", "title": layer.name}),
             number_cell(layer.max_violation, number(layer.max_violation, 3)),
             number_cell(layer.min_violation, number(layer.min_violation, 3)),
+            number_cell(layer.mean_violation, number(layer.mean_violation, 3)),
+            number_cell(layer.dead_experts, number(layer.dead_experts)),
+            number_cell(layer.routing_entropy, number(layer.routing_entropy, 3)),
+            number_cell(layer.router_similarity, number(layer.router_similarity, 3)),
             number_cell(layer.congestion, number(layer.congestion, 2)),
         )
         for layer in summary.layers
     ]
-    caption = tag("caption", text("Expert balance: 0 is even, MinVio of -1 is an unused expert"))
+    caption = tag(
+        "caption",
+        text(
+            "Expert balance: 0 is even, MinVio of -1 is an unused expert. Entropy: 0 is decided, "
+            "1 is flat. Similarity: mean cosine of router rows"
+        ),
+    )
     table = tag(
         "table", caption, tag("thead", head), tag("tbody", *rows), attributes={"class": "layers"}
     )
     return styled("div", "scroll tall", table)
+
+
+def loss_table(losses: Mapping[str, tuple[LossWindow, LossWindow]]) -> Html:
+    """Builds the table of routing losses from the first and the last window of each."""
+    heads = ("Routing loss", "First window", "Last window", "Coefficient")
+    head = tag("tr", *(tag("th", text(name), attributes={"scope": "col"}) for name in heads))
+    rows = [
+        tag(
+            "tr",
+            tag("th", text(name), attributes={"scope": "row"}),
+            number_cell(first.value, number(first.value, 4)),
+            number_cell(last.value, number(last.value, 4)),
+            number_cell(
+                last.coefficient, MISSING if last.coefficient is None else f"{last.coefficient:g}"
+            ),
+        )
+        for name, (first, last) in losses.items()
+    ]
+    caption = tag("caption", text("Losses of routing, without their coefficients"))
+    table = tag(
+        "table", caption, tag("thead", head), tag("tbody", *rows), attributes={"class": "losses"}
+    )
+    return styled("div", "scroll", table)
 
 
 def environment_list(run: RunRecord) -> Html:

@@ -48,6 +48,10 @@ class BatchPrice:
         self._value = torch.where(torch.isnan(price), self._value, average)
         self._observed = []
 
+    def restart(self) -> None:
+        """Forgets the average, so that the next update takes what was observed whole."""
+        self._value = torch.full_like(self._value, torch.nan)
+
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the average; NaN stands for one that was never learned."""
         return {"price": self._value.clone()}

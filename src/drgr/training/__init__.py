@@ -13,7 +13,7 @@ from drgr.training.config import (
     parse_config,
     read_config,
 )
-from drgr.training.finish import evaluate_run
+from drgr.training.finish import evaluate_protocol, evaluate_run
 from drgr.training.loop import Observer, Outcome, StepView, train
 from drgr.training.run_directory import (
     RunDirectory,
@@ -35,6 +35,7 @@ __all__ = [
     "build_run",
     "check_run_directory",
     "describe_environment",
+    "evaluate_protocol",
     "evaluate_run",
     "known_keys",
     "override",

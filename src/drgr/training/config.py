@@ -9,7 +9,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -256,12 +256,14 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """Returns ``config`` with ``path=value`` assignments applied, such as ``training.steps=50``.
 
     Values are read as YAML: ``null``, ``[1, 2]`` and ``{a: 1}`` work. Assigning a whole table
-    replaces it, which is how one kind of model or controller is exchanged for another.
+    replaces it, which is how one kind of model or controller is exchanged for another. Entries of a
+    list are addressed by their number: ``routing.losses.0.coefficient=0.1``.
 
     Raises:
         ConfigError: If an assignment has no ``=``, or the result is not valid.
     """
     content: dict[str, Any] = config.model_dump(mode="json")
+    table: dict[str, Any] | list[Any]
     for assignment in assignments:
         path, separator, value = assignment.partition("=")
         if not separator or not path.strip():
@@ -269,12 +271,21 @@ def override(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         *parents, key = path.strip().split(".")
         table = content
         for depth, parent in enumerate(parents):
-            child = table.get(parent)
-            if not isinstance(child, dict):
+            child = _entry(table, parent)
+            if not isinstance(child, dict | list):
                 raise ConfigError(_no_table(".".join(parents[: depth + 1]), assignment))
             table = child
+        if not isinstance(table, dict):
+            raise ConfigError(_no_table(path.strip(), assignment))
         table[key] = _parse_value(value, assignment)
     return parse_config(content)
+
+
+def _entry(table: dict[str, Any] | list[Any], key: str) -> Any:
+    """Returns what a table or list holds at a key; ``None`` where there is nothing."""
+    if isinstance(table, dict):
+        return table.get(key)
+    return table[int(key)] if key.isdecimal() and int(key) < len(table) else None
 
 
 def _parse_value(value: str, assignment: str) -> Any:
@@ -314,7 +325,9 @@ def _without_tags(location: Sequence[str]) -> list[str]:
     for part in location:
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
         is_branch = any(part in _kinds(model) for model in models) or "[" in part
-        if fields or not is_branch:
+        if part.isdecimal() and models:
+            kept.append(part)  # The number of an entry: the entry is still to be told.
+        elif fields or not is_branch:
             kept.append(part)
             models = [child for field in fields for child in _model_types(field.annotation)]
     return kept
@@ -332,7 +345,7 @@ def _unknown_key(path: str) -> str:
 
 
 def known_keys() -> list[str]:
-    """Returns the dotted path of every setting, of every alternative."""
+    """Returns the dotted path of every setting, of every alternative; entries of lists are 0."""
     return sorted(set(_keys_of(RunConfig, "")))
 
 
@@ -341,8 +354,10 @@ def _keys_of(model: type[BaseModel], prefix: str) -> list[str]:
     for name, field in model.model_fields.items():
         path = f"{prefix}{name}"
         keys.append(path)
+        # The first entry stands for all of a list.
+        inner = f"{path}.0" if get_origin(field.annotation) is tuple else path
         for child in _model_types(field.annotation):
-            keys.extend(_keys_of(child, f"{path}."))
+            keys.extend(_keys_of(child, f"{inner}."))
     return keys
 
 

@@ -1,11 +1,23 @@
 """What follows the last step: the test evaluation, and the model for others to load."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 from drgr.collectives import rank
+from drgr.data import Corpus
 from drgr.errors import CheckpointError
-from drgr.evaluation import evaluate_domains, evaluation_record
+from drgr.evaluation import (
+    AttachedModel,
+    DomainScores,
+    ProtocolSettings,
+    check_subject,
+    evaluate_domains,
+    evaluation_record,
+    measure,
+    protocol_record,
+    read_reference,
+)
 from drgr.training.loop_state import LoopState, by_name
 from drgr.training.metrics import Record, congested
 from drgr.training.run_directory import RunDirectory, write_json
@@ -39,12 +51,69 @@ def evaluate_run(
         CheckpointError: If there is no checkpoint, or it cannot be used.
         NonFiniteLossError: If the model's loss on a domain is not finite.
     """
+    state = _loaded(run, directory)
+    return _evaluate(run, state, split=split, max_windows=max_windows)
+
+
+def evaluate_protocol(
+    run: RunObjects,
+    directory: RunDirectory,
+    settings: ProtocolSettings,
+    *,
+    corpus: Corpus | None = None,
+    reference: Path | None = None,
+) -> tuple[Record | None, Record]:
+    """Measures the last whole checkpoint of a run by the whole protocol.
+
+    Args:
+        run: The objects of the run, freshly built; its state is replaced by the checkpoint's.
+        directory: The run's directory.
+        settings: What is measured.
+        corpus: Another corpus with the run's tokenizer; its own by default.
+        reference: An evaluation to compare with, see :func:`drgr.evaluation.read_reference`.
+
+    Returns:
+        A record as in ``evaluation.json``, ``None`` on another corpus, and one as in
+        ``docs/evaluation.md``.
+
+    Raises:
+        CheckpointError: If there is no checkpoint, or it cannot be used.
+        ConfigError: If the settings or the reference do not fit.
+        DataError: If the split is unknown or a domain is shorter than a window.
+        NonFiniteLossError: If the model's loss on a domain is not finite.
+    """
+    is_own = corpus is None
+    read = run.corpus if corpus is None else corpus
+    subject = AttachedModel(run.attachment, knows_sources=is_own)
+    check_subject(subject, read, settings)
+    other = None
+    if reference is not None:
+        other = read_reference(reference, split=settings.split, domains=read.domains)
+    state = _loaded(run, directory)
+    scores, compute = measure(subject, read, settings, group=run.group)
+    trained = _training_summary(run, state) if is_own else None
+    protocol = protocol_record(
+        scores,
+        compute,
+        settings,
+        subject={"kind": "run", "name": str(directory.path), "step": state.step},
+        corpus={"corpus": read.name, "fingerprint": read.fingerprint},
+        layer_names=run.attachment.layer_names,
+        reference=other,
+        training=trained,
+    )
+    if not is_own:
+        return None, protocol
+    return _record(run, state, scores.domains, split=settings.split), protocol
+
+
+def _loaded(run: RunObjects, directory: RunDirectory) -> LoopState:
     state = LoopState(run, directory)
     if not state.load_latest():
         raise CheckpointError(
             f"{directory.path} has no whole checkpoint to evaluate; train it first (drgr train)"
         )
-    return _evaluate(run, state, split=split, max_windows=max_windows)
+    return state
 
 
 def _evaluate(run: RunObjects, state: LoopState, *, split: str, max_windows: int | None) -> Record:
@@ -60,12 +129,15 @@ def _evaluate(run: RunObjects, state: LoopState, *, split: str, max_windows: int
     )
     if not math.isfinite(float(scores.loss_sums.sum())):
         raise state.not_finite(split, scores.loss_sums, step=state.step)
+    return _record(run, state, scores, split=split)
+
+
+def _record(run: RunObjects, state: LoopState, scores: DomainScores, *, split: str) -> Record:
     return evaluation_record(
         scores,
         split=split,
         step=state.step,
-        layer_names=run.attachment.layer_names,
-        budget=run.budget,
+        bounds=run.bounds,
         training=_training_summary(run, state),
     )
 
@@ -105,9 +177,13 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
         "exchanged_bytes": run.exchanged_bytes(float(state.total.spend.sum() / state.step)),
         "layers": [
             {
+                "training_budget": int(limit),
+                "training_spend": int(spend),
                 "congestion": congested(traffic, None),
                 "domain_traffic": dict(zip(domains, traffic.tolist(), strict=True)),
             }
-            for traffic in state.total.traffic / state.step
+            for limit, spend, traffic in zip(
+                state.total.limit, state.total.spend, state.total.traffic / state.step, strict=True
+            )
         ],
     }

@@ -27,7 +27,8 @@ from drgr.training.outer_loop import OuterLoop
 from drgr.training.run_directory import RunDirectory, write_json
 from drgr.training.setup import RunObjects
 from drgr.training.signals import deferred_signals
-from drgr.training.step import StepTotals, is_finite, train_step
+from drgr.training.step import train_step
+from drgr.training.step_totals import StepTotals, is_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +285,7 @@ def _log(run: RunObjects, state: LoopState, reporter: _Reporter) -> None:
         domains=domains,
         layer_names=run.attachment.layer_names,
         prices=[policy.selector.price for policy in run.attachment.policies],
+        losses=run.settings.losses,
         weights=run.adversary.weights,
         near_one_hot=run.adversary.is_near_one_hot(run.config.robustness.alarm_below),
         links=run.attachment.open_links,

@@ -14,7 +14,7 @@ from drgr.training.adversary import DomainWeights
 from drgr.training.checkpoint import latest_checkpoint, load_checkpoint, read_step, save_checkpoint
 from drgr.training.run_directory import RunDirectory
 from drgr.training.setup import RunObjects
-from drgr.training.step import StepTotals
+from drgr.training.step_totals import StepTotals
 
 
 @final
@@ -39,6 +39,7 @@ class LoopState:
             num_domains=len(self._run.corpus.domains),
             num_layers=len(attachment.layer_names),
             num_experts=attachment.num_experts,
+            num_losses=len(self._run.settings.losses.names),
         )
 
     def add(
@@ -86,6 +87,7 @@ class LoopState:
         run.attachment.model.load_state_dict(state["model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.attachment.load_state_dict(state["routing"])
+        run.settings.losses.load_state_dict(state["losses"])
         run.adversary.load_state_dict(state["adversary"])
         if run.experts is not None:
             run.experts.load_state_dict(state["experts"])
@@ -131,6 +133,7 @@ class LoopState:
             "model": run.attachment.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "routing": run.attachment.state_dict(),
+            "losses": run.settings.losses.state_dict(),
             "adversary": run.adversary.state_dict(),
             "experts": None if run.experts is None else run.experts.state_dict(),
             "outer": None if run.outer is None else run.outer.state_dict(),

@@ -13,7 +13,8 @@ from drgr.evaluation import layer_record, named
 from drgr.routing import congestion
 from drgr.training.adversary import DomainWeights
 from drgr.training.outer_loop import OuterReport
-from drgr.training.step import StepTotals
+from drgr.training.routing_losses import RoutingLosses
+from drgr.training.step_totals import StepTotals
 
 Record = dict[str, Any]
 
@@ -89,6 +90,7 @@ def training_record(
     domains: Sequence[str],
     layer_names: Sequence[str],
     prices: Sequence[Tensor | None],
+    losses: RoutingLosses,
     weights: DomainWeights,
     near_one_hot: bool,
     links: Tensor | None,
@@ -103,6 +105,7 @@ def training_record(
         domains: Names of the domains.
         layer_names: Names of the MoE layers.
         prices: Frozen batch price of each layer; ``None`` where none was learned.
+        losses: The losses of routing.
         weights: The adversary's weights now.
         near_one_hot: Whether the adversary's weights are nearly on one domain.
         links: Which links are open, shape ``(L, G, E)``; ``None`` without link gates.
@@ -133,6 +136,12 @@ def training_record(
         "loss": float(window.loss_sums.sum() / window.num_tokens.sum()),
         "objective": float(window.objective) / steps,
         "auxiliary_loss": float(window.auxiliary) / steps,
+        "routing_losses": {
+            name: {"value": float(value) / steps, "coefficient": coefficient}
+            for name, value, coefficient in zip(
+                losses.names, window.routing_losses, losses.coefficients, strict=True
+            )
+        },
         "domain_loss": named(domains, window.loss_sums / window.num_tokens),
         "sampling": named(domains, weights.sampling),
         "adversary": named(domains, weights.adversary),

@@ -6,7 +6,9 @@ from pydantic import BaseModel, Field, model_validator
 
 from drgr.routing import SinkhornCost
 from drgr.training.field_types import STRICT, Count, NotNegative, Positive, Share
+from drgr.training.losses_config import GlobalBalanceConfig, LossConfig
 from drgr.training.scores_config import ModelScoresConfig, ScoresConfig
+from drgr.training.selection_config import BudgetSelectionConfig, SelectionConfig
 
 
 class BudgetConfig(BaseModel):
@@ -173,10 +175,35 @@ class RoutingConfig(BaseModel):
     scores: ScoresConfig = ModelScoresConfig()
     """What an expert suits a token; by default what the model's router says."""
     controller: ControllerConfig = QuantileConfig()
+    selection: SelectionConfig = BudgetSelectionConfig()
+    """Which of a token's experts run; the bounds of a token are the budget's in all of them."""
     auxiliary_coefficient: NotNegative = 0.0
-    """Weight of the Switch load-balancing loss, averaged over layers."""
+    """Weight of the Switch load-balancing loss, averaged over layers: short for the entry
+    ``{kind: global-balance}`` of ``losses``."""
+    losses: tuple[LossConfig, ...] = ()
+    """Losses of routing, one of a kind."""
     price_smoothing: Share = 0.9
+    """Share of the old price, or learned threshold, of an extra expert that a step keeps."""
     traffic: TrafficConfig = TrafficConfig()
     link_gates: bool = False
     """Whether each link (domain, expert) has a gate, all open and 1 to begin with; what moves them
     is an outer loop. See :mod:`drgr.routing.link_gates`."""
+
+    @property
+    def all_losses(self) -> tuple[LossConfig, ...]:
+        """The losses, the one that has a short form included."""
+        if self.auxiliary_coefficient == 0:
+            return self.losses
+        short = GlobalBalanceConfig(kind="global-balance", coefficient=self.auxiliary_coefficient)
+        return (short, *self.losses)
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> "RoutingConfig":
+        kinds = [loss.kind for loss in self.all_losses]
+        twice = sorted({kind for kind in kinds if kinds.count(kind) > 1})
+        if twice:
+            raise ValueError(
+                f"losses must hold one entry of a kind, got more of {', '.join(twice)}; keep one "
+                f"(auxiliary_coefficient counts as global-balance)"
+            )
+        return self

@@ -46,6 +46,11 @@ class RunDirectory:
         return self.path / "evaluation.json"
 
     @property
+    def protocol(self) -> Path:
+        """The last whole evaluation by ``drgr evaluate``."""
+        return self.path / "protocol.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Whole checkpoints."""
         return self.path / "checkpoints"

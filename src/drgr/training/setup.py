@@ -12,31 +12,32 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.parallel import DistributedDataParallel
 
-from drgr.budgets import TokenBudget, budget_from_flops
 from drgr.budgets.flops import FlopModel
 from drgr.collectives import world_size
 from drgr.data import Corpus, check_sequence_length
 from drgr.errors import ConfigError
-from drgr.evaluation import average_mixture
+from drgr.evaluation import ExpertBounds, average_mixture
 from drgr.integrations.transformers import Attachment, attach, enable_checkpointing, find_sites
 from drgr.models import load_pretrained, measure_flops, tiny_olmoe, tiny_qwen3_moe
 from drgr.routing import (
     LinkGates,
     exchanged_bytes,
 )
+from drgr.routing.selection import SelectorFactory
 from drgr.training.adversary import DomainAdversary
 from drgr.training.adversary_setup import build_adversary, build_experts, check_robustness
 from drgr.training.config import (
-    BudgetConfig,
     PretrainedModelConfig,
     RunConfig,
     TinyModelConfig,
 )
 from drgr.training.controller_setup import build_controller
 from drgr.training.expert_groups import ExpertAdversaries
+from drgr.training.losses_setup import build_losses
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.scorer_setup import build_scorer
+from drgr.training.selector_setup import build_selection
 from drgr.training.step import StepSettings
 
 
@@ -54,7 +55,7 @@ class RunObjects:
         experts: Weights of experts as groups; None where domains are.
         outer: The outer loop; None where it has no variable.
         settings: What a step needs.
-        budget: The budget of each layer, in experts.
+        bounds: Experts that a token may have.
         flops: What the model costs.
         group: The processes of the run; ``None`` for one process.
     """
@@ -68,7 +69,7 @@ class RunObjects:
     experts: ExpertAdversaries | None
     outer: OuterLoop | None
     settings: StepSettings
-    budget: TokenBudget
+    bounds: ExpertBounds
     flops: FlopModel
     group: ProcessGroup | None
 
@@ -109,14 +110,16 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
         enable_checkpointing(model)
     experts = {site.name: site.experts for site in find_sites(model)}
     flops = measure_flops(model, experts)
-    budget = build_budget(config.routing.budget, flops)
+    selection = build_selection(
+        config.routing, flops, num_layers=len(experts), steps=config.training.steps
+    )
     # A group of its own keeps the selection's collectives in order among themselves, whatever the
     # gradient engine sends meanwhile.
     group = dist.new_group() if world_size() > 1 else None
     gates = _link_gates(config, len(corpus.domains), experts, device)
-    attachment = _attach(config, model, budget, link_gates=gates, group=group)
+    attachment = _attach(config, model, selection.build, link_gates=gates, group=group)
     flops = measure_flops(model, experts)  # again, with what scorers added
-    settings = _step_settings(config, device, group)
+    settings = _step_settings(config, attachment, device, group)
     adversary = build_adversary(config, corpus, sampling)
     inner, _ = split_parameters(model, config.outer)
     optimizer = torch.optim.AdamW(
@@ -143,7 +146,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
             optimizer=optimizer,
         ),
         settings=settings,
-        budget=budget,
+        bounds=selection.bounds,
         flops=flops,
         group=group,
     )
@@ -191,29 +194,6 @@ def choose_device(config: RunConfig) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
-
-
-def build_budget(config: BudgetConfig, flops: FlopModel) -> TokenBudget:
-    """Returns the budget of each layer in experts.
-
-    Raises:
-        ConfigError: If bounds in FLOPs leave no whole number of experts.
-    """
-    if config.unit == "flops":
-        try:
-            return budget_from_flops(
-                minimum=config.minimum,
-                maximum=config.maximum,
-                average=config.average,
-                flops_per_assignment=flops.per_assignment,
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"routing.budget in FLOPs, at {flops.per_assignment:g} an expert: {error}"
-            ) from error
-    return TokenBudget(
-        minimum=int(config.minimum), maximum=int(config.maximum), average=config.average
-    )
 
 
 def autocast_dtype(config: RunConfig, device: torch.device) -> torch.dtype | None:
@@ -287,7 +267,7 @@ def _link_gates(
 def _attach(
     config: RunConfig,
     model: nn.Module,
-    budget: TokenBudget,
+    selector: SelectorFactory,
     *,
     link_gates: LinkGates | None,
     group: ProcessGroup | None,
@@ -295,10 +275,9 @@ def _attach(
     try:
         return attach(
             model,
-            budget=budget,
+            selector=selector,
             scorer=build_scorer(config.routing.scores),
             controller=build_controller(config.routing.controller),
-            price_smoothing=config.routing.price_smoothing,
             link_gates=link_gates,
             group=group,
         )
@@ -315,7 +294,7 @@ def _forward_model(config: RunConfig, model: Any, device: torch.device) -> nn.Mo
 
 
 def _step_settings(
-    config: RunConfig, device: torch.device, group: ProcessGroup | None
+    config: RunConfig, attachment: Attachment, device: torch.device, group: ProcessGroup | None
 ) -> StepSettings:
     traffic = config.routing.traffic
     return StepSettings(
@@ -323,7 +302,7 @@ def _step_settings(
         accumulation=config.training.accumulation,
         sequence_length=config.data.sequence_length,
         seed=config.training.seed,
-        auxiliary_coefficient=config.routing.auxiliary_coefficient,
+        losses=build_losses(config.routing, attachment, seed=config.training.seed),
         traffic_coefficient=traffic.coefficient if traffic.measure else None,
         clip_norm=config.training.clip_norm,
         autocast=autocast_dtype(config, device),

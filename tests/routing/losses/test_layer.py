@@ -1,11 +1,13 @@
 """The weighted sum of losses, and that each term passes on what a layer has."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
 from drgr.routing import (
+    CoupledWeights,
     LossInputs,
     RoutingPlan,
     activation_locality_loss,
@@ -13,15 +15,25 @@ from drgr.routing import (
     chunk_sparsity_loss,
     chunk_sparsity_term,
     expert_load,
+    expert_router_coupling_loss,
+    expert_router_coupling_term,
+    expert_specialisation_loss,
+    expert_specialisation_term,
     global_balance_term,
+    layer_coupling_loss,
+    layer_coupling_term,
     load_balancing_loss,
     micro_balance_term,
     micro_balancing_loss,
+    pool_balance_term,
+    pool_balancing_loss,
+    pool_fractions,
     router_z_loss,
     router_z_term,
     routing_information_loss,
     routing_information_term,
     routing_loss,
+    selected_mass,
     sequence_balance_term,
     sequence_balancing_loss,
     specialisation_balance_loss,
@@ -133,3 +145,45 @@ def test_what_is_missing_is_named():
         router_z_term(layer(logits=None))
     with pytest.raises(ValueError, match="sequence_length must be given"):
         chunk_sparsity_term(layer(sequence_length=None))
+    with pytest.raises(ValueError, match=r"weights must be given.*LossInputs\(weights=...\)"):
+        expert_router_coupling_term(layer())
+    with pytest.raises(ValueError, match="activations must be given"):
+        expert_specialisation_term(layer())
+
+
+def test_terms_of_weights_and_activations():
+    x = layer()
+    generator = torch.Generator().manual_seed(1)
+    num_experts = x.scores.shape[1]
+    router = torch.randn(num_experts, 5, generator=generator)
+    gates = torch.randn(num_experts, 2, 5, generator=generator)
+    noise = torch.rand(num_experts, 5, generator=generator)
+    weights = CoupledWeights(router=router, gates=gates, noise=noise)
+    expected = expert_router_coupling_loss(router, gates, noise=noise, tolerance=0.5)
+    term = partial(expert_router_coupling_term, tolerance=0.5)
+    assert term(replace(x, weights=weights)).item() == expected.item()
+    activations = torch.randn(*x.plan.keep.shape, 3, generator=generator)
+    expected = expert_specialisation_loss(activations, x.plan.keep, valid=x.valid)
+    assert expert_specialisation_term(replace(x, activations=activations)).item() == expected.item()
+
+
+def test_joint_losses_come_last_and_are_not_averaged():
+    x = layer()
+    layers = [x, replace(x, scores=x.scores.square(), step_load=None)]
+    total, values = routing_loss(
+        layers,
+        [(1.0, router_z_term)],
+        joint_terms=[(2.0, layer_coupling_term), (0.5, pool_balance_term)],
+    )
+    masses = [
+        selected_mass(y.scores, y.plan.expert_ids, y.plan.keep, valid=y.valid) for y in layers
+    ]
+    coupling = layer_coupling_loss(torch.stack(masses), valid=x.valid).item()
+    loads = [x.plan.expert_load if y.step_load is None else y.step_load for y in layers]
+    fractions = pool_fractions(torch.stack(loads))
+    pool = sum(pool_balancing_loss(y.scores, fractions, valid=y.valid).item() for y in layers) / 2
+    z = router_z_term(x).item()
+    assert values.tolist() == pytest.approx([z, coupling, pool])
+    assert total.item() == pytest.approx(z + 2 * coupling + 0.5 * pool)
+    with pytest.raises(ValueError, match=r"coefficient must .* got -1"):
+        routing_loss(layers, [], joint_terms=[(-1.0, pool_balance_term)])

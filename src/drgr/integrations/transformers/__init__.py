@@ -9,10 +9,12 @@ from drgr.integrations.transformers.attaching import attach
 from drgr.integrations.transformers.attachment import Attachment
 from drgr.integrations.transformers.checkpointing import enable_checkpointing
 from drgr.integrations.transformers.contract import RouterContract, find_contract
+from drgr.integrations.transformers.experts import ExpertActivations
 from drgr.integrations.transformers.sites import MoeSite, find_sites
 
 __all__ = [
     "Attachment",
+    "ExpertActivations",
     "MoeSite",
     "RouterContract",
     "attach",

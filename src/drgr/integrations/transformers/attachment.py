@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from drgr._checks import check_shape
 from drgr.integrations.transformers.attached_layer import AttachedLayer, replayed
-from drgr.integrations.transformers.experts import IMPLEMENTATION
+from drgr.integrations.transformers.expert_gates import expert_gates
+from drgr.integrations.transformers.experts import IMPLEMENTATION, ExpertActivations
 from drgr.integrations.transformers.padding import padding_mask
 from drgr.integrations.transformers.sources import (
     Source,
@@ -89,6 +90,22 @@ class Attachment:
     def width(self) -> int:
         """Width ``D`` of a token's vector, as experts receive it."""
         return self._layers[0].site.width
+
+    @property
+    def router_weights(self) -> tuple[Tensor, ...]:
+        """The router rows of each layer, shape ``(E, D)``."""
+        return tuple(layer.site.router.get_parameter("weight") for layer in self._layers)
+
+    def coupled_weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns the router rows of each layer and its experts' gate projections.
+
+        Shapes ``(E, d)`` and ``(E, D, d)``; gradients reach the parameters of both.
+
+        Raises:
+            UnknownRouterError: If the experts have no gate projection that can be told.
+        """
+        gates = [expert_gates(layer.site.experts, layer.site.name) for layer in self._layers]
+        return list(zip(self.router_weights, gates, strict=True))
 
     @property
     def open_links(self) -> Tensor | None:
@@ -170,6 +187,27 @@ class Attachment:
             yield records
         finally:
             self._records.remove(records)
+
+    @contextmanager
+    def record_activations(self) -> Iterator[list[ExpertActivations]]:
+        """Yields a list that receives what experts compute inside, one entry a layer and pass.
+
+        Recomputation under gradient checkpointing adds nothing to it. Do not nest it.
+        """
+        seen: list[ExpertActivations] = []
+
+        def watch(activations: ExpertActivations) -> None:
+            # Kept as it is: under checkpointing, any operation here would have to run again.
+            if not _is_recomputed():
+                seen.append(activations)
+
+        for layer in self._layers:
+            layer.site.experts.watch_activations = watch
+        try:
+            yield seen
+        finally:
+            for layer in self._layers:
+                del layer.site.experts.watch_activations
 
     def replay(self, records: list[LayerRouting]) -> AbstractContextManager[None]:
         """Routes passes over the same batch as a recorded one; weights follow from new scores."""

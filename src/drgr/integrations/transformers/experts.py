@@ -5,7 +5,8 @@ uninitialised memory for such ids unless a private flag is set, so this path rem
 matrix product, and :func:`check_skipping` compares it with the eager reference when it is attached.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,31 @@ IMPLEMENTATION = "drgr"
 """Name under which transformers finds :func:`sparse_experts_forward`."""
 
 _NUM_TRIAL_TOKENS = 16
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExpertActivations:
+    """What the experts of one block computed inside, before their down-projections.
+
+    Attributes:
+        rows: One row for each assignment that ran, ordered by expert, shape ``(N, D)``, with
+            gradient.
+        order: The candidate that each row is of, ``t K + k``, shape ``(N,)``.
+        num_tokens: Number of tokens ``T``.
+        top_k: Candidates ``K`` of a token.
+    """
+
+    rows: Tensor
+    order: Tensor
+    num_tokens: int
+    top_k: int
+
+    def by_token(self) -> Tensor:
+        """Returns the activations of each token's candidates, ``(T, K, D)``; 0 for skipped ones."""
+        width = self.rows.shape[1]
+        empty = self.rows.new_zeros(self.num_tokens * self.top_k, width)
+        return empty.index_copy(0, self.order, self.rows).view(self.num_tokens, self.top_k, width)
 
 
 def register() -> None:
@@ -34,7 +60,8 @@ def sparse_experts_forward(
     """Computes ``y_t = sum_k w_tk expert_{i_tk}(x_t)`` over the candidates with a real expert id.
 
     Args:
-        experts: A module decorated by transformers' ``use_experts_implementation``.
+        experts: A module decorated by transformers' ``use_experts_implementation``. A callable
+            ``watch_activations`` on it is shown the :class:`ExpertActivations`.
         hidden_states: Tokens, shape ``(T, D)``.
         top_k_index: Expert ids, shape ``(T, K)``; ``num_experts`` marks a candidate that is
             skipped.
@@ -64,6 +91,13 @@ def sparse_experts_forward(
     else:
         up = _linear(rows, experts.up_proj, sizes, transposed=experts.is_transposed)
         inner = experts.act_fn(up if bias is None else up + bias("up_proj_bias"))
+    watch = getattr(experts, "watch_activations", None)
+    if watch is not None:
+        watch(
+            ExpertActivations(
+                rows=inner, order=order, num_tokens=flat.numel() // top_k, top_k=top_k
+            )
+        )
     out = _linear(inner, experts.down_proj, sizes, transposed=experts.is_transposed)
     if bias is not None:
         out = out + bias("down_proj_bias")

@@ -1,7 +1,8 @@
 """Losses of routing: each one file with its formula, each a function that returns its value.
 
 Reading order: ``layer`` (what a loss sees, and the weighted sum), ``load_balancing`` (three
-scopes), then one file for each loss; ``terms`` puts those of a single layer in one form.
+scopes), then one file for each loss; ``terms`` puts them all in one of two
+forms.
 """
 
 from drgr.routing.losses.activation_locality import activation_locality_loss
@@ -12,7 +13,13 @@ from drgr.routing.losses.expert_router_coupling import (
     noise_radius,
     router_responses,
 )
-from drgr.routing.losses.layer import LossInputs, RoutingLoss, routing_loss
+from drgr.routing.losses.layer import (
+    CoupledWeights,
+    JointLoss,
+    LossInputs,
+    RoutingLoss,
+    routing_loss,
+)
 from drgr.routing.losses.layer_coupling import layer_coupling_loss, selected_mass
 from drgr.routing.losses.load_balancing import (
     load_balancing_loss,
@@ -28,8 +35,12 @@ from drgr.routing.losses.specialisation_balance import (
 from drgr.routing.losses.terms import (
     activation_locality_term,
     chunk_sparsity_term,
+    expert_router_coupling_term,
+    expert_specialisation_term,
     global_balance_term,
+    layer_coupling_term,
     micro_balance_term,
+    pool_balance_term,
     router_z_term,
     routing_information_term,
     sequence_balance_term,
@@ -43,6 +54,8 @@ from drgr.routing.losses.z_loss import router_z_loss
 
 __all__ = [
     "AdaptiveWeight",
+    "CoupledWeights",
+    "JointLoss",
     "LossInputs",
     "RoutingLoss",
     "activation_locality_loss",
@@ -50,13 +63,17 @@ __all__ = [
     "chunk_sparsity_loss",
     "chunk_sparsity_term",
     "expert_router_coupling_loss",
+    "expert_router_coupling_term",
     "expert_specialisation_loss",
+    "expert_specialisation_term",
     "global_balance_term",
     "layer_coupling_loss",
+    "layer_coupling_term",
     "load_balancing_loss",
     "micro_balance_term",
     "micro_balancing_loss",
     "noise_radius",
+    "pool_balance_term",
     "pool_balancing_loss",
     "pool_fractions",
     "router_responses",

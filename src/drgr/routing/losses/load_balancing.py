@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from drgr.collectives import sum_over_processes, world_size
+from drgr.collectives import sum_over_processes
 from drgr.routing.tokens import by_sequence, expert_probabilities, kept_and_real, shared_mean
 
 
@@ -49,13 +49,9 @@ def load_balancing_loss(
         Fedus, Zoph and Shazeer, *Switch Transformers*, JMLR 2022, section 2.2; the global scope and
         the counts of the step so far: Qiu et al., *Demons in the Detail*, ACL 2025.
     """
-    fraction = _fractions(sum_over_processes(expert_load, group)).to(scores.dtype)
-    probabilities = scores / scores.sum(dim=1, keepdim=True).clamp_min(1e-20)
-    if valid is not None:
-        probabilities = probabilities * valid.unsqueeze(1)
-    num_valid = expert_load.new_tensor(scores.shape[0]) if valid is None else valid.sum()
-    num_valid = sum_over_processes(num_valid, group).clamp_min(1)
-    mean_probability = probabilities.sum(dim=0) * world_size(group) / num_valid
+    probabilities = expert_probabilities(scores, valid)
+    mean_probability = shared_mean(probabilities, valid, group)
+    fraction = _fractions(sum_over_processes(expert_load, group)).to(mean_probability.dtype)
     return scores.shape[1] * (fraction * mean_probability).sum()
 
 

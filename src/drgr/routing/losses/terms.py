@@ -1,18 +1,25 @@
-"""The losses of a single layer in the form of :class:`drgr.routing.losses.layer.RoutingLoss`.
+"""All losses in the forms of :class:`drgr.routing.losses.layer.RoutingLoss` and ``JointLoss``.
 
 Parameters are bound with :func:`functools.partial`, ``partial(tsallis_term, order=2.0)``.
 """
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from drgr.routing.losses.activation_locality import activation_locality_loss
 from drgr.routing.losses.chunk_sparsity import chunk_sparsity_loss
+from drgr.routing.losses.expert_router_coupling import expert_router_coupling_loss
 from drgr.routing.losses.layer import LossInputs
+from drgr.routing.losses.layer_coupling import layer_coupling_loss, selected_mass
 from drgr.routing.losses.load_balancing import (
     load_balancing_loss,
     micro_balancing_loss,
     sequence_balancing_loss,
 )
+from drgr.routing.losses.pool_balancing import pool_balancing_loss, pool_fractions
+from drgr.routing.losses.specialisation import expert_specialisation_loss
 from drgr.routing.losses.specialisation_balance import (
     routing_information_loss,
     specialisation_balance_loss,
@@ -101,22 +108,60 @@ def chunk_sparsity_term(layer: LossInputs, /, *, chunk_length: int = 64) -> Tens
     )
 
 
+def expert_router_coupling_term(layer: LossInputs, /, *, tolerance: float = 1.0) -> Tensor:
+    """Returns :func:`expert_router_coupling_loss`; needs ``weights``."""
+    weights = layer.weights
+    if weights is None:
+        raise _missing("weights")
+    return expert_router_coupling_loss(
+        weights.router, weights.gates, noise=weights.noise, tolerance=tolerance
+    )
+
+
+def expert_specialisation_term(layer: LossInputs, /) -> Tensor:
+    """Returns :func:`expert_specialisation_loss`; needs ``activations``."""
+    if layer.activations is None:
+        raise _missing("activations")
+    return expert_specialisation_loss(
+        layer.activations, layer.plan.keep, valid=layer.valid, group=layer.group
+    )
+
+
+def layer_coupling_term(layers: Sequence[LossInputs], /) -> Tensor:
+    """Returns :func:`layer_coupling_loss`; 0 for fewer than two layers."""
+    masses = [
+        selected_mass(layer.scores, layer.plan.expert_ids, layer.plan.keep, valid=layer.valid)
+        for layer in layers
+    ]
+    return layer_coupling_loss(torch.stack(masses), valid=layers[0].valid, group=layers[0].group)
+
+
+def pool_balance_term(layers: Sequence[LossInputs], /) -> Tensor:
+    """Returns the mean of :func:`pool_balancing_loss`, with the counts of the step so far."""
+    loads = torch.stack([_step_load(layer) for layer in layers])
+    fractions = pool_fractions(loads, layers[0].group)
+    losses = [
+        pool_balancing_loss(layer.scores, fractions, valid=layer.valid, group=layer.group)
+        for layer in layers
+    ]
+    return torch.stack(losses).mean()
+
+
 def _step_load(layer: LossInputs) -> Tensor:
     return layer.plan.expert_load if layer.step_load is None else layer.step_load
 
 
 def _logits(layer: LossInputs) -> Tensor:
     if layer.logits is None:
-        raise ValueError(
-            "logits must be given for this loss, got None; pass LossInputs(logits=...)"
-        )
+        raise _missing("logits")
     return layer.logits
 
 
 def _sequence_length(layer: LossInputs) -> int:
     if layer.sequence_length is None:
-        raise ValueError(
-            "sequence_length must be given for this loss, got None; pass "
-            "LossInputs(sequence_length=...)"
-        )
+        raise _missing("sequence_length")
     return layer.sequence_length
+
+
+def _missing(name: str) -> ValueError:
+    return ValueError(f"{name} must be given for this loss, got None; pass LossInputs({name}=...)")

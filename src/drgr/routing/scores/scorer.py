@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -41,7 +42,8 @@ class Scorer(nn.Module, ABC):
     The weight is that of the model's router, so that every scorer trains what the model already
     has; what a scorer needs beside it are parameters or buffers of its own. Randomness comes from
     PyTorch's generator of the device, in training mode only, so that recomputation under gradient
-    checkpointing draws the same numbers.
+    checkpointing draws the same numbers. Processes that were seeded alike draw alike, each for its
+    own tokens.
 
     Attributes:
         observes: Whether :meth:`observe` needs the tokens' vectors; records hold them then.
@@ -97,3 +99,26 @@ def normalised_weights(scores: Tensor, expert_ids: Tensor, keep: Tensor) -> Tens
 def at_least_float32(values: Tensor) -> Tensor:
     """Converts half precision to float32 and leaves the rest."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Divides each row by its Euclidean norm, float32 at least; a row of zeros stays as it is.
+
+    Nothing is added to the norm: the result does not depend on the scale of a row, and a row of
+    zeros has a finite gradient.
+    """
+    rows = at_least_float32(rows)
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / torch.where(norms > 0, norms, 1.0)
+
+
+def cosines(hidden: Tensor, rows: Tensor) -> Tensor:
+    """Returns the cosine of each token with each row, shape ``(T, E)``, float32 at least.
+
+    Args:
+        hidden: Vectors, shape ``(T, D)``.
+        rows: One vector for each expert, shape ``(E, D)``.
+    """
+    # Automatic mixed precision would round the cosines, which differ by little, to 8 bits.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(unit_rows(hidden), unit_rows(rows))

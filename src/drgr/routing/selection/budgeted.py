@@ -11,6 +11,7 @@ from drgr.budgets import Selection, TokenBudget, select_at_price, select_exactly
 from drgr.routing.batch_price import BatchPrice
 from drgr.routing.plan import LayerRouting
 from drgr.routing.selection.selector import SelectionInputs
+from drgr.routing.selection.tally import check_selector_state
 
 
 @final
@@ -18,8 +19,7 @@ class BudgetedSelector:
     """Selects the best plan inside a budget in training, at the learned price at evaluation.
 
     A fixed number ``k`` of experts is the budget ``minimum = maximum = average = k``. A percentile
-    over all scores of a batch, in place of one over a token's own scores, is ``minimum = 1``,
-    ``maximum = E``.
+    over all scores of a batch is :func:`~drgr.routing.selection.batch_percentile`.
 
     Args:
         budget: The plans that are allowed.
@@ -70,9 +70,5 @@ class BudgetedSelector:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores the price."""
-        if set(state) != {"price"}:
-            raise ValueError(
-                f"state of BudgetedSelector must hold ['price'], got {sorted(state)}; it belongs "
-                f"to another kind of selector"
-            )
+        check_selector_state(self, state, "price")
         self._batch_price.load_state_dict(dict(state))
