@@ -213,6 +213,17 @@ def test_half_precision_by_autocast_or_by_weights(compute, is_half):
         assert 0 < error < 0.03, (name, error)
 
 
+@PATHS
+def test_sums_over_experts_are_not_in_half_precision(compute):
+    """Each of 300 experts adds 1; in bfloat16, 256 + 1 is 256."""
+    experts = torch.arange(300)
+    keep = torch.ones(1, 300, dtype=torch.bool)
+    plan = plan_of(experts.unsqueeze(0), torch.ones(1, 300), keep, 300)
+    gate_up = torch.tensor([[8.0], [0.125]], dtype=torch.bfloat16).expand(300, 2, 1)
+    down = torch.ones(300, 1, 1, dtype=torch.bfloat16)
+    assert compute(torch.ones(1, 1, dtype=torch.bfloat16), plan, gate_up, down).item() == 300
+
+
 def test_gradients_inside_of_autocast():
     plan, tensors = problem(dtype=torch.float32)
     expected = output_and_gradients(run(grouped_experts, plan, tensors), tensors)

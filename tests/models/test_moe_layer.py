@@ -4,6 +4,8 @@ import doctest
 import io
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,6 +290,29 @@ def test_another_scorer_gives_the_weights_and_sees_each_step():
     assert not scorer.seen[0].requires_grad
     assert scorer.seen[1] is None
     assert isinstance(layer_with().scorer, SoftmaxScores)
+
+
+def test_the_selection_is_told_what_is_known():
+    class Opening(Scorer):
+        def forward(self, hidden, weight):
+            return replace(SigmoidScores()(hidden, weight), is_open=hidden[:, :6] > 0)
+
+    layer = layer_with(scorer=Opening())
+    selector, told = layer.policy.selector, []
+
+    def select(inputs):
+        told.append(inputs)
+        return BudgetedSelector.select(selector, inputs)
+
+    layer.policy.selector = SimpleNamespace(maximum=4, select=select)
+    hidden, valid = draw(3, 7, 8), draw(3, 7) > 0
+    _, routing = layer(hidden, valid=valid)
+    (inputs,) = told
+    real = torch.where(valid.unsqueeze(-1), hidden, 0.0).reshape(-1, 8)
+    assert torch.equal(inputs.is_open, real[:, :6] > 0)
+    assert torch.equal(inputs.scores, routing.scores)
+    assert torch.equal(inputs.valid, valid.reshape(-1))
+    assert (inputs.exact, inputs.sequence_length) == (True, 7)
 
 
 def test_finite_in_autocast_and_in_half_precision():
