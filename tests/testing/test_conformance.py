@@ -163,8 +163,11 @@ def test_losses(name):
     check_loss(TERMS[name], keeps_order=name in ORDERED)
 
 
-def test_checks_leave_the_callers_generator_usable():
+def test_checks_leave_the_generator_of_the_caller_alone():
     before = torch.get_rng_state()
-    torch.set_rng_state(before)
     check_loss(terms.router_z_term)
+    check_controller(build("sign-bias"))
+    check_scorer(SCORERS["noisy"], treats_experts_alike=False)
+    check_selector(SELECTORS["budget"])
+    check_router(SCORERS["noisy"], SELECTORS["budget"], build("none"))
     assert torch.equal(torch.get_rng_state(), before)

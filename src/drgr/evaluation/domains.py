@@ -1,6 +1,7 @@
 """Held-out losses, expert use and compute of each domain."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,21 +125,42 @@ def evaluate_domains(
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            for index, domain in enumerate(corpus.domains):
-                batches = evaluation_batches(
-                    corpus,
-                    split=split,
-                    domain=domain,
-                    batch_size=batch_size,
-                    sequence_length=sequence_length,
-                    max_windows=max_windows,
-                )
-                for number, batch in enumerate(batches):
-                    if number % world_size(group) == rank(group):
-                        totals.add(model, index, batch)
+            for index, _, batch in own_batches(
+                corpus, split, max_windows, shape=(batch_size, sequence_length), group=group
+            ):
+                totals.add(model, index, batch)
     finally:
         model.train(was_training)
     return totals.summed(corpus, split, group)
+
+
+def own_batches(
+    corpus: Corpus,
+    split: str,
+    max_windows: int | None,
+    *,
+    shape: tuple[int, int],
+    group: ProcessGroup | None,
+) -> Iterator[tuple[int, int, Batch]]:
+    """Yields this process's batches with their domain and the number of their first window.
+
+    ``shape`` is that of a batch: windows, and tokens of each.
+    """
+    batch_size, sequence_length = shape
+    first = 0
+    for index, domain in enumerate(corpus.domains):
+        batches = evaluation_batches(
+            corpus,
+            split=split,
+            domain=domain,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            max_windows=max_windows,
+        )
+        for number, batch in enumerate(batches):
+            if number % world_size(group) == rank(group):
+                yield index, first, batch
+            first += len(batch.labels)
 
 
 class _Totals:

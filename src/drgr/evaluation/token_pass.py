@@ -6,7 +6,6 @@ random start, so that every token has the same chance. What is kept does not dep
 size or on the number of processes.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import final
 
@@ -15,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from drgr.collectives import rank, sum_over_processes, world_size
-from drgr.data import Batch, Corpus, evaluation_batches, evaluation_windows
+from drgr.data import Batch, Corpus, evaluation_windows
 from drgr.errors import DataError, NonFiniteLossError
-from drgr.evaluation.domains import DomainScores, entropy_sum, token_losses
+from drgr.evaluation.domains import DomainScores, entropy_sum, own_batches, token_losses
 from drgr.evaluation.fairness import frequency_groups
 from drgr.evaluation.subject import LayerUse, Subject
 from drgr.routing import router_similarity
@@ -115,8 +114,8 @@ def evaluate_tokens(
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            for index, first, batch in _batches(
-                corpus, split, max_windows, (batch_size, sequence_length), group
+            for index, first, batch in own_batches(
+                corpus, split, max_windows, shape=(batch_size, sequence_length), group=group
             ):
                 totals.add(index, first, batch)
     finally:
@@ -173,31 +172,6 @@ def _kept_positions(num_windows: int, sequence_length: int, limit: int) -> Tenso
     start = torch.rand(num_windows, 1, generator=generator, dtype=torch.float64)
     positions = (torch.arange(kept) + start) * sequence_length / kept
     return positions.long().clamp_max(sequence_length - 1)
-
-
-def _batches(
-    corpus: Corpus,
-    split: str,
-    max_windows: int | None,
-    shape: tuple[int, int],
-    group: ProcessGroup | None,
-) -> Iterator[tuple[int, int, Batch]]:
-    """Yields this process's batches with their domain and the number of their first window."""
-    batch_size, sequence_length = shape
-    first = 0
-    for index, domain in enumerate(corpus.domains):
-        batches = evaluation_batches(
-            corpus,
-            split=split,
-            domain=domain,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            max_windows=max_windows,
-        )
-        for number, batch in enumerate(batches):
-            if number % world_size(group) == rank(group):
-                yield index, first, batch
-            first += len(batch.labels)
 
 
 def _check_finite(scores: TokenScores, split: str) -> None:

@@ -53,13 +53,14 @@ def check_router(
         )
         return _trained(layer, dtype)
 
-    layer = build()
-    for training in (True, False):
-        _check_output(layer.train(training))
-        _check_padding(layer.train(training))
-    _check_gradients(layer.train(), trains_router=trains_router)
-    _check_evaluation(layer.eval(), build().eval())
-    _check_half_precision(build(torch.float32).train())
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+        layer = build()
+        for training in (True, False):
+            _check_output(layer.train(training))
+            _check_padding(layer.train(training))
+        _check_gradients(layer.train(), trains_router=trains_router)
+        _check_evaluation(layer.eval(), build().eval())
+        _check_half_precision(build(torch.float32).train())
 
 
 def _hidden(*, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

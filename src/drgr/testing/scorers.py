@@ -34,14 +34,15 @@ def check_scorer(build: ScorerFactory, *, treats_experts_alike: bool = True) -> 
     Raises:
         ConformanceError: With the promise that is broken.
     """
-    for training in (True, False):
-        _check_scores(build, training=training)
-    _check_gradients(build)
-    _check_weights(build)
-    _check_evaluation(build)
-    if treats_experts_alike:
-        _check_order_of_experts(build)
-    _check_state(build)
+    with torch.random.fork_rng(devices=[]):  # the caller's generator stays as it is
+        for training in (True, False):
+            _check_scores(build, training=training)
+        _check_gradients(build)
+        _check_weights(build)
+        _check_evaluation(build)
+        if treats_experts_alike:
+            _check_order_of_experts(build)
+        _check_state(build)
 
 
 def _new(build: ScorerFactory, *, training: bool = False) -> Scorer:

@@ -7,24 +7,20 @@ For every sequence ``b`` of a batch, with ``n_b`` real tokens,
           \sum_{t \in b} \sum_e m_{te} = \min(\lfloor k n_b \rfloor, k_{max} n_b) .
 """
 
-from collections.abc import Mapping
 from typing import final
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from drgr.budgets import Selection, TokenBudget, rank_experts, select_at_price
+from drgr.budgets import Selection, rank_experts, select_at_price
 from drgr.budgets.marginal_price import price_between
 from drgr.collectives import sum_over_processes
-from drgr.routing.batch_price import BatchPrice
-from drgr.routing.plan import LayerRouting
+from drgr.routing.selection.priced import PricedSelector
 from drgr.routing.selection.selector import SelectionInputs
-from drgr.routing.selection.tally import check_selector_state
 
 
 @final
-class SequenceSelector:
+class SequenceSelector(PricedSelector):
     """Holds the average in every sequence: none of a batch spends what another saves.
 
     As in the whole batch a greedy pass is optimal: every token's best ``minimum``, then the best of
@@ -45,26 +41,6 @@ class SequenceSelector:
         O(TE + S log s) time for sequences with ``s`` candidates and ``S`` in all; in training one
         all-reduce of four numbers, since sequences are whole on their process.
     """
-
-    def __init__(
-        self,
-        budget: TokenBudget,
-        *,
-        smoothing: float = 0.9,
-        device: torch.device | None = None,
-    ) -> None:
-        self.budget = budget
-        self._batch_price = BatchPrice(smoothing=smoothing, device=device)
-
-    @property
-    def maximum(self) -> int:
-        """Most experts of a token."""
-        return self.budget.maximum
-
-    @property
-    def price(self) -> Tensor | None:
-        """The learned price; ``None`` before the first step."""
-        return self._batch_price.value
 
     def select(self, inputs: SelectionInputs, /) -> Selection:
         """Chooses exactly in each sequence, or each token alone.
@@ -116,24 +92,6 @@ class SequenceSelector:
             limit=allowed.long(),
             price=(weighted / total).to(inputs.values.dtype),  # 0 / 0, NaN, where there is none
         )
-
-    def observe(self, routing: LayerRouting) -> None:
-        """Keeps the price that the micro-batch was selected at."""
-        self._batch_price.observe(routing)
-
-    def update(self, group: ProcessGroup | None = None) -> None:
-        """Moves the price's average; it is the same on every process already."""
-        del group
-        self._batch_price.update()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the price."""
-        return self._batch_price.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores the price."""
-        check_selector_state(self, state, "price")
-        self._batch_price.load_state_dict(dict(state))
 
 
 def _shape(num_tokens: int, sequence_length: int | None) -> tuple[int, int]:
