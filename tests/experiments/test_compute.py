@@ -8,6 +8,7 @@ from drgr.errors import ConfigError
 from drgr.experiments.compute import (
     Recurring,
     RunCosts,
+    Stage,
     affordable_steps,
     measure_costs,
     steps_within,
@@ -60,6 +61,16 @@ def test_training_alone_is_predicted_exactly(runs, corpus, tmp_path, accumulatio
     assert costs.least(3) == costs.most(3) == pytest.approx(expected, rel=1e-12)
 
 
+def test_a_budget_that_grows_is_predicted_exactly(runs, corpus, tmp_path):
+    growing = {"kind": "progressive", "first": [1], "switch_step": 2}
+    config = runs.small_config(training__steps=5, routing__selection=growing, **TRAIN_LOSSES)
+    costs = measure_costs(config, corpus)
+    assert [stage.begin for stage in costs.stages] == [0, 2]
+    assert costs.stages[0].step < costs.stages[1].step
+    expected = recorded(runs, corpus, tmp_path / "run", config)["flops"]
+    assert costs.least(5) == pytest.approx(expected, rel=1e-12)
+
+
 def test_held_out_passes_lie_between_the_bounds(runs, corpus, tmp_path):
     fixed = {"minimum": 2, "maximum": 2, "average": 2}  # a pass at the frozen price spends as much
     config = runs.small_config(training__steps=5, routing__budget=fixed)
@@ -92,24 +103,29 @@ def test_outer_steps_are_predicted(runs, corpus, tmp_path, kind):
 
 @given(
     st.floats(0.1, 10),
+    st.floats(0.1, 10),
+    st.integers(1, 60),
     st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9), st.floats(0, 20)), max_size=3),
     st.floats(0, 200),
 )
-def test_steps_within_a_limit_are_the_most_there_are(step, parts, limit):
+def test_steps_within_a_limit_are_the_most_there_are(step, late, switch, parts, limit):
     recurring = tuple(Recurring(begin=b, every=e, least=0, most=m) for b, e, m in parts)
-    costs = RunCosts(step=step, recurring=recurring)
+    costs = RunCosts(
+        stages=(Stage(begin=0, step=step), Stage(begin=switch, step=late)), recurring=recurring
+    )
     found = steps_within(costs, limit)
     taken = 0.0
     for number in range(found + 1):  # step by step, as the loop takes them
         due = sum(m for b, e, m in parts if number >= b and (number - b) % e == 0)
+        cost = step if number < switch else late
         if number == found:
             assert taken <= limit * (1 + 1e-9)
-            assert taken + due + step > limit * (1 - 1e-9)
-        taken += due + step
+            assert taken + due + cost > limit * (1 - 1e-9)
+        taken += due + cost
 
 
 def test_steps_grow_only_where_they_may():
-    costs = RunCosts(step=2.0, recurring=())
+    costs = RunCosts(stages=(Stage(begin=0, step=2.0),), recurring=())
     assert affordable_steps("m", costs, wanted=3, limit=20, may_grow=False) == 3
     assert affordable_steps("m", costs, wanted=3, limit=20, may_grow=True) == 10
     assert affordable_steps("m", costs, wanted=30, limit=20, may_grow=False) == 10

@@ -1,6 +1,6 @@
 """How many steps a method can afford: total FLOPs, outer loop and held-out passes included.
 
-    total(n) = n * step + updates(n) * held-out pass + outer(n) * outer step
+    total(n) = training(n) + updates(n) * held-out pass + outer(n) * outer step
 
 Training spends its budget of assignments exactly. Passes in evaluation mode route at a frozen price
 and may spend another number of assignments, so that they are known up to a factor only: a method is
@@ -8,6 +8,7 @@ planned at the most that they are expected to spend, the reference's limit at th
 really took is recorded in its evaluation, and checked against the limit.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import assert_never, final
 
@@ -25,6 +26,20 @@ _LEAST_SPEND, _MOST_SPEND = 0.95, 1.25
 # Products of a solve beside its steps: with the warm start, its verification, and the residual.
 _CHECKS = 2
 _POWER_STEPS = 20  # of the estimate of a Neumann series' step size, at most
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """Training steps that cost the same.
+
+    Attributes:
+        begin: Steps before the first of them.
+        step: FLOPs of each.
+    """
+
+    begin: int
+    step: float
 
 
 @final
@@ -55,20 +70,26 @@ class RunCosts:
     """What a run costs by its number of steps.
 
     Attributes:
-        step: FLOPs of a training step.
-        recurring: What comes on top of it every few steps.
+        stages: Training steps; the first stage begins at step 0, each ends where the next begins.
+        recurring: What comes on top of them every few steps.
     """
 
-    step: float
+    stages: tuple[Stage, ...]
     recurring: tuple[Recurring, ...]
+
+    def training(self, steps: int) -> float:
+        """Returns the FLOPs of ``steps`` training steps."""
+        ends = [*(min(stage.begin, steps) for stage in self.stages[1:]), steps]
+        taken = (max(end - stage.begin, 0) for stage, end in zip(self.stages, ends, strict=True))
+        return sum(n * stage.step for n, stage in zip(taken, self.stages, strict=True))
 
     def least(self, steps: int) -> float:
         """Returns the FLOPs of a run of ``steps`` steps if passes at the frozen price are cheap."""
-        return steps * self.step + sum(part.times(steps) * part.least for part in self.recurring)
+        return self.training(steps) + sum(part.times(steps) * part.least for part in self.recurring)
 
     def most(self, steps: int) -> float:
         """Returns the FLOPs of a run of ``steps`` steps if passes at the frozen price are dear."""
-        return steps * self.step + sum(part.times(steps) * part.most for part in self.recurring)
+        return self.training(steps) + sum(part.times(steps) * part.most for part in self.recurring)
 
 
 def steps_within(costs: RunCosts, limit: float) -> int:
@@ -76,7 +97,7 @@ def steps_within(costs: RunCosts, limit: float) -> int:
 
     Time is logarithmic in the result: a run never costs less with more steps.
     """
-    low, high = 0, int(limit // costs.step) + 1
+    low, high = 0, int(limit // min(stage.step for stage in costs.stages)) + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if costs.most(middle) <= limit else (low, middle)
@@ -93,17 +114,9 @@ def measure_costs(config: RunConfig, corpus: Corpus) -> RunCosts:
     """
     built = override(config, ["training.device=cpu", "training.compile=false"])
     run = build_run(built, corpus)
-    settings, length = config.training, config.data.sequence_length
-    tokens = settings.batch_size * length
-    # A micro-batch has a budget of its own, in whole assignments.
-    budget = _budget(run.bounds)
-    spend = settings.accumulation * budget.total(tokens // settings.accumulation)
-    step = training_flops(
-        run.flops,
-        tokens=tokens,
-        sequence_length=length,
-        assignments=len(run.attachment.layer_names) * spend,
-        gradient_checkpointing=settings.gradient_checkpointing,
+    stages = tuple(
+        Stage(begin=stage.begin, step=_step_flops(run, config, stage.budgets))
+        for stage in run.stages
     )
     recurring = []
     robustness, outer = config.robustness, config.outer
@@ -127,7 +140,22 @@ def measure_costs(config: RunConfig, corpus: Corpus) -> RunCosts:
                 every=outer.every,
             )
         )
-    return RunCosts(step=step, recurring=tuple(recurring))
+    return RunCosts(stages=stages, recurring=tuple(recurring))
+
+
+def _step_flops(run: RunObjects, config: RunConfig, budgets: Sequence[TokenBudget]) -> float:
+    settings, length = config.training, config.data.sequence_length
+    tokens = settings.batch_size * length
+    # A micro-batch has a budget of its own, in whole assignments.
+    micro = tokens // settings.accumulation
+    spend = settings.accumulation * sum(budget.total(micro) for budget in budgets)
+    return training_flops(
+        run.flops,
+        tokens=tokens,
+        sequence_length=length,
+        assignments=spend,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
 
 
 def outer_passes(outer: OuterConfig) -> int:

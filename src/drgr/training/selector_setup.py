@@ -38,6 +38,20 @@ _OPENING_SCORES = ("norm", "relu-rms", "tsallis-hybrid", "stochastic")
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetStage:
+    """Steps of training that share a budget.
+
+    Attributes:
+        begin: Optimizer steps before it.
+        budgets: Of each layer; the average is the maximum where nothing holds a mean.
+    """
+
+    begin: int
+    budgets: tuple[TokenBudget, ...]
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSelection:
     """How the layers of a run select.
 
@@ -45,10 +59,12 @@ class RunSelection:
         build: Builds a layer's selector. It raises :class:`~drgr.errors.ConfigError` where the
             settings do not fit the layer.
         bounds: What holds for a token in any layer once training has ended.
+        stages: What holds from which step on; the first stage begins at step 0.
     """
 
     build: SelectorFactory
     bounds: ExpertBounds
+    stages: tuple[BudgetStage, ...]
 
 
 def build_selection(
@@ -66,22 +82,22 @@ def build_selection(
         ConfigError: If a budget has no plan, or settings do not fit the number of layers.
     """
     budget = build_budget(config.budget, flops)
+    alike = [budget] * num_layers
     smoothing, selection = config.price_smoothing, config.selection
     match selection:
         case BudgetSelectionConfig():
-            build = layer_budgets([budget] * num_layers, smoothing=smoothing)
-            return RunSelection(build=build, bounds=_bounds([budget]))
+            return _constant(layer_budgets(alike, smoothing=smoothing), alike)
         case TopPConfig() | ThresholdConfig() | SequenceSelectionConfig():
-            return RunSelection(
-                build=lambda place: _alike(selection, budget, smoothing, place),
-                bounds=_bounds([budget], has_average=_has_average(selection)),
+            return _constant(
+                lambda place: _alike(selection, budget, smoothing, place),
+                alike,
+                has_average=_has_average(selection),
             )
         case OpenSelectionConfig():
-            return _open(config, budget)
+            return _open(config, alike)
         case LayersConfig():
             budgets = _layer_budgets(config.budget, selection, flops, num_layers)
-            build = layer_budgets(budgets, smoothing=smoothing)
-            return RunSelection(build=build, bounds=_bounds(budgets))
+            return _constant(layer_budgets(budgets, smoothing=smoothing), budgets)
         case ProgressiveConfig():
             return _progressive(selection, budget, smoothing, (num_layers, steps))
         case _:
@@ -129,7 +145,8 @@ def _alike(
             assert_never(config)
 
 
-def _open(config: RoutingConfig, budget: TokenBudget) -> RunSelection:
+def _open(config: RoutingConfig, budgets: Sequence[TokenBudget]) -> RunSelection:
+    budget = budgets[0]
     """Returns the selection of the experts that the scorer opens."""
     if config.scores.kind not in _OPENING_SCORES:
         raise ConfigError(
@@ -142,7 +159,7 @@ def _open(config: RoutingConfig, budget: TokenBudget) -> RunSelection:
             f"{budget.minimum}; a scorer opens as many experts as it likes"
         )
     selector = partial(OpenExperts, budget.maximum, at_least_best=budget.minimum == 1)
-    return RunSelection(build=lambda _: selector(), bounds=_bounds([budget], has_average=False))
+    return _constant(lambda _: selector(), budgets, has_average=False)
 
 
 def _threshold(
@@ -238,9 +255,27 @@ def _progressive(
             device=place.device,
         )
 
-    # The last step is taken after steps - 1 others.
-    last = firsts if steps - 1 < config.switch_step else [budget]
-    return RunSelection(build=build, bounds=_bounds(last))
+    late = [budget] * num_layers
+    return RunSelection(
+        build=build,
+        # The last step is taken after steps - 1 others.
+        bounds=_bounds(firsts if steps - 1 < config.switch_step else late),
+        stages=(
+            BudgetStage(begin=0, budgets=tuple(firsts)),
+            BudgetStage(begin=config.switch_step, budgets=tuple(late)),
+        ),
+    )
+
+
+def _constant(
+    build: SelectorFactory, budgets: Sequence[TokenBudget], *, has_average: bool = True
+) -> RunSelection:
+    held = budgets if has_average else [replace(b, average=b.maximum) for b in budgets]
+    return RunSelection(
+        build=build,
+        bounds=_bounds(budgets, has_average=has_average),
+        stages=(BudgetStage(begin=0, budgets=tuple(held)),),
+    )
 
 
 def _bounds(budgets: Sequence[TokenBudget], *, has_average: bool = True) -> ExpertBounds:

@@ -37,7 +37,7 @@ from drgr.training.losses_setup import build_losses
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.scorer_setup import build_scorer
-from drgr.training.selector_setup import build_selection
+from drgr.training.selector_setup import BudgetStage, build_selection
 from drgr.training.step import StepSettings
 
 
@@ -55,7 +55,8 @@ class RunObjects:
         experts: Weights of experts as groups; None where domains are.
         outer: The outer loop; None where it has no variable.
         settings: What a step needs.
-        bounds: Experts that a token may have.
+        bounds: Experts that a token may have once training has ended.
+        stages: Experts that a token may have from which step on.
         flops: What the model costs.
         group: The processes of the run; ``None`` for one process.
     """
@@ -70,6 +71,7 @@ class RunObjects:
     outer: OuterLoop | None
     settings: StepSettings
     bounds: ExpertBounds
+    stages: tuple[BudgetStage, ...]
     flops: FlopModel
     group: ProcessGroup | None
 
@@ -147,6 +149,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
         ),
         settings=settings,
         bounds=selection.bounds,
+        stages=selection.stages,
         flops=flops,
         group=group,
     )
