@@ -149,8 +149,8 @@ def choices(table: Sequence[Row], *, reference: str) -> list[str]:
             "{:.1%}",
         ),
         _least(table, "Most decided tokens (entropy)", lambda row: row.entropy, "{:.2f}"),
-        f"- *Better than {reference} by more than the interval*: worst domain {listed(better)}; "
-        f"mean {listed(better_mean)}.",
+        f"- *Better than {reference} by more than the interval*: on the worst domain: "
+        f"{listed(better)}. On the mean: {listed(better_mean)}.",
         f"- *Not told apart from it by the worst domain*: {listed(neither)}.",
         f"- *Does not help*: worse by more than the interval on the worst domain: {listed(worse)}. "
         f"On the mean: {listed(worse_mean)}. On both: {listed(hurts)}.",

@@ -15,9 +15,8 @@ from benchmarks.leaderboard.choice import Row, choices, rows
 from benchmarks.results.comparison import (
     ROOT,
     Json,
+    about,
     interval_cells,
-    provenance,
-    size,
     unfinished_line,
 )
 
@@ -88,7 +87,7 @@ def page(result: Json, cost: Json) -> str:
         "",
         f"{len(table)} routers learn the eight domains of `drgr-8`, drawn equally often, from the "
         f"same text with the same model, at the FLOPs of the reference at most: *{reference}*. "
-        f"{size(result)} {provenance(result)}",
+        f"{about(result)}",
         "",
         "    drgr compare benchmarks/leaderboard/experiment.yaml --parallel 2",
         "    python -m benchmarks.headline.collect runs/leaderboard \\",
@@ -146,7 +145,8 @@ def legend(cost: Json) -> list[str]:
     found = cost["size"]
     return [
         "Worst domain and mean of domains in bits per byte of the test split, mean ± standard "
-        "deviation over seeds; differences are paired by seed, with Student's interval. MaxVio is "
+        "deviation over seeds; differences are paired by the "
+        "seeds that both finished, with Student's interval. MaxVio is "
         "the largest load of an expert over the mean load, less 1, and entropy that of a token's "
         "scores over the largest possible, both averaged over layers of the evaluation; dead "
         "experts are counted over layers and averaged over seeds. Congestion is the gradient "

@@ -5,16 +5,15 @@ from benchmarks.results.comparison import (
     OURS,
     WORST,
     Json,
+    about,
     average,
     command,
     finished,
     interval_cells,
     listed,
     paired,
-    provenance,
     seeds_of,
     sides,
-    size,
     spread,
     unfinished_line,
 )
@@ -32,7 +31,7 @@ def section(result: Json) -> list[str]:
         "## What each part adds",
         "",
         "DRGR with one part off, or on where it is off by default, in turn, at the FLOPs of DRGR "
-        f"at most. {size(result)} {provenance(result)}{command(result)}",
+        f"at most. {about(result)}{command(result)}",
         "",
         f"DRGR as it is: worst domain {spread(result, OURS, WORST, seeds)}, mean "
         f"{spread(result, OURS, MEAN, seeds)} bits per byte ({len(seeds)} seeds). Below: the "

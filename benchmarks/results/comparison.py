@@ -24,7 +24,7 @@ def unfinished_line(result: Json) -> list[str]:
     """Names the methods of which no run finished; nothing where there are none."""
     ran = finished(result)
     left = [method["name"] for method in result["methods"] if method["name"] not in ran]
-    return ["", f"Without a finished run: {', '.join(left)}."] if left else []
+    return ["", f"Without a finished run: {listed(left)}."] if left else []
 
 
 def seeds_of(result: Json, method: str) -> list[int]:
@@ -107,8 +107,8 @@ def is_below(found: Interval) -> bool:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Returns names as a list for a sentence."""
-    return ", ".join(names) if names else "none"
+    """Returns names, which may have commas, as a list for a sentence."""
+    return "; ".join(names) if names else "none"
 
 
 def sides(differences: dict[str, Interval]) -> tuple[list[str], list[str], list[str]]:
@@ -128,11 +128,16 @@ def provenance(result: Json) -> str:
     return f"Measured on one {machine['accelerator'] or machine['processor']}, commit {commit[:8]}."
 
 
-def size(result: Json) -> str:
-    """Says how large the runs were, where the result holds it."""
+def about(result: Json) -> str:
+    """Says how large the runs were, where the result holds it, and where they ran."""
     found = result.get("setting")
     if found is None:
-        return ""
+        return provenance(result)
+    return f"{size(found)} {provenance(result)}"
+
+
+def size(found: Json) -> str:
+    """Says how large the runs of a setting were."""
     return (
         f"{found['num_layers']} layers of {found['num_experts']} experts, width "
         f"{found['hidden_size']}, {found['steps']} steps of {found['batch_size']} sequences of "

@@ -11,6 +11,7 @@ from benchmarks.results.comparison import (
     ROOT,
     WORST,
     Json,
+    about,
     average,
     command,
     finished,
@@ -18,10 +19,8 @@ from benchmarks.results.comparison import (
     is_above,
     is_below,
     paired,
-    provenance,
     runs_of,
     seeds_of,
-    size,
     spread,
     unfinished_line,
     values,
@@ -48,7 +47,7 @@ def section(result: Json) -> list[str]:
         "",
         "DRGR with a fixed number of experts for every token, and with a budget for the batch that "
         "gives tokens different numbers, at the same steps. "
-        f"{size(result)} {provenance(result)}{command(result)}",
+        f"{about(result)}{command(result)}",
         "",
         "![Worst domain against active experts](compute.svg)",
         "",

@@ -72,7 +72,7 @@ def small(result: dict[str, Any]) -> list[str]:
     return [
         "## The same on two CPU cores",
         "",
-        f"{size(result)} {tuning} {done(result, seeds)}{command(result)}",
+        f"{size(result['setting'])} {tuning} {done(result, seeds)}{command(result)}",
         "",
         *comparison_lines(result, seeds, level="###"),
     ]

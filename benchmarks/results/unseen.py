@@ -6,13 +6,12 @@ from benchmarks.results.comparison import (
     OURS,
     WORST,
     Json,
+    about,
     command,
     finished,
     mean_and_deviation,
-    provenance,
     runs_of,
     seeds_of,
-    size,
     unfinished_line,
 )
 
@@ -41,7 +40,7 @@ def section(result: Json) -> list[str]:
         "",
         "One domain at a time is left out of everything: not drawn, not weighed, in no validation "
         "pass (`data.unseen`). Bits per byte on its test text, and the worst of the domains that "
-        f"were seen. Steps are equal, FLOPs nearly so. {size(result)} {provenance(result)}"
+        f"were seen. Steps are equal, FLOPs nearly so. {about(result)}"
         f"{command(result)}",
         "",
         f"| method | {' | '.join(f'{name} unseen' for name in domains)} | mean of unseen "
@@ -86,6 +85,8 @@ def _sentences(found: Figures, domains: list[str]) -> list[str]:
             for seed in found[OURS].get(domain, {})
             if seed in found[method].get(domain, {})
         ]
+        if not differences:
+            continue
         lower = sum(difference < 0 for difference in differences)
         lines.append(
             f"- DRGR less {method} on what neither saw: {statistics.fmean(differences):+.3f} bits "

@@ -93,7 +93,7 @@ def test_what_to_pick_turns_with_the_numbers(made_up, cost):
     assert "- *Fewest bits per byte on the mean*: sigmoid, 2.510." in found
     assert f"- *Best balance (MaxVio)*: {REFERENCE}, 0.10." in found
     assert "- *Least congestion of traffic*: sigmoid, 4.0." in found
-    assert "interval*: worst domain sigmoid; mean sigmoid." in found
+    assert "interval*: on the worst domain: sigmoid. On the mean: sigmoid." in found
     assert "- *Not told apart from it by the worst domain*: noisy." in found
     assert "on the worst domain: no prices. On the mean: no prices. On both: no prices." in found
     assert "- *Leaves experts without a token*: no prices." in found
@@ -102,10 +102,10 @@ def test_what_to_pick_turns_with_the_numbers(made_up, cost):
 
     found = page(record(made_up, sigmoid=3.5), cost)
     assert f"most*: {REFERENCE}; no other is below it at all." in found
-    assert "on the worst domain: no prices, sigmoid." in found or (
-        "on the worst domain: sigmoid, no prices." in found
+    assert "on the worst domain: no prices; sigmoid." in found or (
+        "on the worst domain: sigmoid; no prices." in found
     )
-    assert "interval*: worst domain none; mean none." in found
+    assert "interval*: on the worst domain: none. On the mean: none." in found
 
 
 def test_the_lowest_within_its_interval_is_no_reason_to_change(made_up, cost):

@@ -137,7 +137,7 @@ class TestAblation:
         )
         turned = ABLATION | {"DRGR": seeds(3.6), "chi-square": seeds(3.6)}
         found = text(section(made_up(turned)))
-        assert "interval: none. Better: without the adversary, with a price." in found
+        assert "interval: none. Better: without the adversary; with a price." in found
 
 
 class TestCompute:
@@ -201,6 +201,19 @@ class TestUnseen:
         found = text(section(self.record(made_up, ours=3.6)))
         assert "chem uniform, speech uniform." in found
         assert "+0.100 bits per byte, lower in 0 of 6" in found
+
+    def test_what_was_not_run_is_empty(self, made_up):
+        from benchmarks.results.unseen import section
+
+        result = self.record(made_up, ours=3.4)
+        left = ("DRGR, chem unseen", "uniform, speech unseen")
+        result["runs"] = [run for run in result["runs"] if run["method"] not in left]
+        found = text(section(result))
+        assert "| **DRGR** |  | 3.400 ± 0.000 | 3.400 |" in found
+        assert "Without a finished run: DRGR, chem unseen; uniform, speech unseen." in found or (
+            "Without a finished run: uniform, speech unseen; DRGR, chem unseen." in found
+        )
+        assert "DRGR less uniform" not in found
 
 
 class TestPage:
