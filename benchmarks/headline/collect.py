@@ -39,7 +39,7 @@ def collected(
     return {key: summary[key] for key in kept} | {
         "ranks": summary["ranks"],
         "methods": [
-            {key: method[key] for key in ("name", "tuned", "steps", "runs")}
+            {key: method[key] for key in ("name", "settings", "tuned", "steps", "runs")}
             for method in summary["methods"]
         ],
         "pairs": [
@@ -69,9 +69,14 @@ def evaluated(store: Path) -> dict[str, dict[str, Any]]:
     """Returns what the evaluation of each final run holds beside the figures of a comparison."""
     with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
         rows = connection.execute(
-            "SELECT name, evaluation FROM runs WHERE stage = 'final' AND evaluation IS NOT NULL"
+            "SELECT name, evaluation, config FROM runs "
+            "WHERE stage = 'final' AND evaluation IS NOT NULL"
         ).fetchall()
-    return {name: described(json.loads(text)) for name, text in rows}
+    return {
+        name: described(json.loads(evaluation))
+        | {"traffic_price": json.loads(config)["routing"]["traffic"]["coefficient"]}
+        for name, evaluation, config in rows
+    }
 
 
 def described(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from benchmarks.results.comparison import (
     command,
     common_seeds,
     finished,
+    known_average,
     provenance,
     size,
     spread,
@@ -72,10 +73,16 @@ def small(result: dict[str, Any]) -> list[str]:
     return [
         "## The same on two CPU cores",
         "",
-        f"{size(result['setting'])} {tuning} {done(result, seeds)}{command(result)}",
+        f"{size(result['setting'])} {tuning} DRGR here sets {_settings_of_ours(result)} on top of "
+        f"what all methods share. {done(result, seeds)}{command(result)}",
         "",
         *comparison_lines(result, seeds, level="###"),
     ]
+
+
+def _settings_of_ours(result: dict[str, Any]) -> str:
+    method = next(one for one in result["methods"] if one["name"] == OURS)
+    return ", ".join(f"`{setting}`" for setting in method["settings"]) or "nothing"
 
 
 def large(result: dict[str, Any]) -> list[str]:
@@ -173,11 +180,12 @@ def _claims(result: dict[str, Any], seeds: list[int]) -> Iterator[tuple[str, boo
         yield "Mean at most 1 % above uniform sampling", mean <= 0.01, f"It is {mean:+.1%}."
     if UNBALANCED in names:
         ours, theirs = (average(result, one, "congestion", seeds) for one in (OURS, UNBALANCED))
+        price = known_average(result, OURS, "traffic_price") or 0.0
         yield (
             "Congestion at least 30 % below ERM with an auxiliary loss",
             ours <= 0.7 * theirs,
             f"It is {ours:.1f} against {theirs:.1f} ({ours / theirs - 1:+.0%}); the price on "
-            "gradient traffic is off.",
+            f"gradient traffic is {f'{price:g}' if price else 'off'}.",
         )
     over = sum(run["batches_over_budget"] for run in result["runs"])
     yield (

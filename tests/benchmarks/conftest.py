@@ -87,7 +87,13 @@ def made_up() -> Callable[..., dict[str, Any]]:
                 "hardware": [{"processor": "AMD", "cores": 2, "accelerator": None}],
             },
             "methods": [
-                {"name": method, "tuned": {}, "steps": [240], "runs": {}}
+                {
+                    "name": method,
+                    "settings": ["robustness.losses=train"],
+                    "tuned": {},
+                    "steps": [240],
+                    "runs": {},
+                }
                 for method in (*bits, *failed)
             ],
             "pairs": pairs(bits, of_interest),

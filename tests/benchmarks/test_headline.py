@@ -39,7 +39,9 @@ def evaluation(congestion, over):
 def configuration(steps, *, width=96):
     model = {"num_layers": 2, "hidden_size": width, "expert_size": 64, "num_experts": 8}
     training = {"batch_size": 8, "steps": steps}
-    return json.dumps({"model": model, "training": training, "data": {"sequence_length": 128}})
+    routing = {"traffic": {"coefficient": 0.5}}
+    data = {"sequence_length": 128}
+    return json.dumps({"model": model, "training": training, "data": data, "routing": routing})
 
 
 @pytest.fixture
@@ -63,7 +65,8 @@ def collecting(name):
 
 
 def test_congestion_and_batches_over_are_read_from_the_store(store):
-    assert collecting("evaluated")(store) == {"a": {"congestion": 3.0, "batches_over_budget": 0}}
+    found = {"congestion": 3.0, "batches_over_budget": 0, "traffic_price": 0.5}
+    assert collecting("evaluated")(store) == {"a": found}
 
 
 def test_the_setting_is_that_of_all_final_runs_and_the_longest_one(store):
