@@ -2,7 +2,8 @@
 
 It keeps what ``summary.json`` says of each method and of the pairs with one method of interest, and
 adds from every run's evaluation what the comparison does not count as a figure: congestion of
-gradient traffic, and batches over the budget.
+gradient traffic, balance, entropy, time, the budget and batches over it, and unseen domains. The
+size of the runs comes from their configuration.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from typing import Any
 
 from drgr.training import write_json
 
+MODEL_SIZE = ("num_layers", "hidden_size", "expert_size", "num_experts")
 FIGURES = ("worst_bits_per_byte", "mean_bits_per_byte", "flops", "outer_flops")
 
 
@@ -24,19 +26,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     summary = json.loads((arguments.directory / "summary.json").read_text())
-    extra = evaluated(arguments.directory / "results.sqlite")
-    write_json(arguments.output, collected(summary, extra, arguments.of_interest))
+    store = arguments.directory / "results.sqlite"
+    result = collected(summary, evaluated(store), arguments.of_interest)
+    write_json(arguments.output, result | {"setting": setting(store)})
 
 
 def collected(
-    summary: dict[str, Any], extra: dict[str, dict[str, float]], name: str
+    summary: dict[str, Any], extra: dict[str, dict[str, Any]], name: str
 ) -> dict[str, Any]:
     """Returns what documents need of a comparison."""
     kept = ("name", "reference", "flops_rule", "confidence", "seeds", "complete", "environment")
     return {key: summary[key] for key in kept} | {
         "ranks": summary["ranks"],
         "methods": [
-            {key: method[key] for key in ("name", "tuned", "steps", "runs")}
+            {key: method[key] for key in ("name", "settings", "tuned", "steps", "runs")}
             for method in summary["methods"]
         ],
         "pairs": [
@@ -62,22 +65,63 @@ def collected(
     }
 
 
-def evaluated(store: Path) -> dict[str, dict[str, float]]:
-    """Returns congestion, averaged over layers, and batches over the budget of each final run."""
-    found = {}
+def evaluated(store: Path) -> dict[str, dict[str, Any]]:
+    """Returns what the evaluation of each final run holds beside the figures of a comparison."""
     with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
         rows = connection.execute(
-            "SELECT name, evaluation FROM runs WHERE stage = 'final' AND evaluation IS NOT NULL"
-        )
-        for name, text in rows:
-            evaluation = json.loads(text)
-            found[name] = {
-                "congestion": statistics.fmean(
-                    layer["congestion"] for layer in evaluation["layers"]
-                ),
-                "batches_over_budget": evaluation["budget"]["training"]["batches_over"],
-            }
+            "SELECT name, evaluation, config FROM runs "
+            "WHERE stage = 'final' AND evaluation IS NOT NULL"
+        ).fetchall()
+    return {
+        name: described(json.loads(evaluation))
+        | {"traffic_price": json.loads(config)["routing"]["traffic"]["coefficient"]}
+        for name, evaluation, config in rows
+    }
+
+
+def described(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Returns what documents need of an evaluation; what it does not hold is left out.
+
+    Of layers the mean, but for dead experts, whose number is that of all layers.
+    """
+    layers, budget = evaluation["layers"], evaluation["budget"]
+    found: dict[str, Any] = {"batches_over_budget": budget["training"]["batches_over"]}
+    for key in ("congestion", "max_violation", "routing_entropy"):
+        known = [layer[key] for layer in layers if layer.get(key) is not None]
+        if len(known) == len(layers):
+            found[key] = statistics.fmean(known)
+    if all("dead_experts" in layer for layer in layers):
+        found["dead_experts"] = sum(layer["dead_experts"] for layer in layers)
+    if "average" in budget:
+        found["budget"] = {key: budget[key] for key in ("minimum", "maximum", "average")}
+    if "seconds" in evaluation:
+        found["seconds"] = evaluation["seconds"]
+    if evaluation.get("unseen"):
+        found["unseen"] = {
+            name: entry["bits_per_byte"] for name, entry in evaluation["unseen"].items()
+        }
     return found
+
+
+def setting(store: Path) -> dict[str, Any] | None:
+    """Returns the size of model and run that all final runs share; None where they differ.
+
+    Steps are those of the longest run: methods that cost more take fewer.
+    """
+    with sqlite3.connect(f"file:{store}?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT config FROM runs WHERE stage = 'final'").fetchall()
+    configs = [json.loads(text) for (text,) in rows]
+    sizes = [
+        {
+            **{key: config["model"].get(key) for key in MODEL_SIZE},
+            "batch_size": config["training"]["batch_size"],
+            "sequence_length": config["data"]["sequence_length"],
+        }
+        for config in configs
+    ]
+    if not sizes or any(size != sizes[0] for size in sizes):
+        return None
+    return sizes[0] | {"steps": max(config["training"]["steps"] for config in configs)}
 
 
 if __name__ == "__main__":

@@ -75,7 +75,9 @@ def test_the_numerics_of_the_readme_run():
     assert names["hard"].spend <= 600
 
 
-@pytest.mark.parametrize("module", ["benchmarks.readme", "benchmarks.results"])
+@pytest.mark.parametrize(
+    "module", ["benchmarks.readme", "benchmarks.results", "benchmarks.leaderboard.page"]
+)
 def test_results_in_documents_are_those_of_the_committed_files(module):
     command = [sys.executable, "-m", module, "--check"]
     subprocess.run(command, check=True, cwd=ROOT)

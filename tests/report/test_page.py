@@ -246,6 +246,18 @@ def test_run_with_a_configuration_only(parse, tmp_path):
     assert len(page.named("figure")) == len(CHARTS)
 
 
+def test_unseen_domains_are_named_apart(make_run, parse, tmp_path):
+    directory = make_run()
+    path = directory / "evaluation.json"
+    content = json.loads(path.read_text())
+    unseen = {"verse": {"bits_per_byte": 2.9126, "loss": 4.0}, "prose": {"bits_per_byte": None}}
+    path.write_text(json.dumps(content | {"unseen": unseen}))
+    page = parse(write_report([directory], output=tmp_path / "report.html"))
+    (caption,) = (found for _, found in page.named("caption") if "Held-out" in found)
+    assert caption.endswith("; unseen in training, in no other number: verse 2.913, prose \u2013")
+    assert {row[0][0]["title"] for row in page.rows("domains")[1:]} == set(content["domains"])
+
+
 def test_evaluation_of_nulls_is_drawn_as_far_as_it_goes(make_run, parse, tmp_path):
     directory = make_run()
     (directory / "evaluation.json").write_text(

@@ -76,6 +76,7 @@ OTHER_VALUES: dict[str, Any] = {
     "data.sequence_length": 128,
     "data.skip_unreadable": True,
     "data.sampling": "uniform",
+    "data.unseen": ["chem"],
     "model.kind": "tiny-qwen3-moe",
     "model.hidden_size": 64,
     "model.expert_size": 64,

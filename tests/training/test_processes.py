@@ -1,6 +1,7 @@
 """Two processes with half the batch each train as one process with all of it."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "k-means": {
         "routing__budget": BUDGET,
         "routing__scores": {"kind": "k-means", "dead_after": 2, "centred": True},
+    },
+    "unseen": {
+        "routing__budget": BUDGET,
+        "data__unseen": ["fiction"],
+        "data__sampling": "uniform",
     },
     "outer-lookahead": {
         "routing__budget": BUDGET,
@@ -208,3 +214,14 @@ def test_a_batch_that_does_not_divide_is_refused(trained):
         assert "training.batch_size must be a multiple of processes" in state["refusal"]
         assert "got 6 for 2 x 2" in state["refusal"]
     assert trained["one"][0]["refusal"] == "none"
+
+
+@pytest.mark.slow
+def test_two_processes_report_an_unseen_domain_as_one_does(trained):
+    records = [
+        json.loads((trained[number][1] / "unseen" / "evaluation.json").read_text())
+        for number in ("one", "two")
+    ]
+    alone, together = (record["unseen"]["fiction"] for record in records)
+    assert together["test_tokens"] == alone["test_tokens"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)

@@ -158,6 +158,11 @@ def evaluation_summary(record: Record) -> str:
     lines = [
         f"mean bits per byte    {record['mean_bits_per_byte']:.3f}",
         f"worst domain          {record['worst_domain']} at {record['worst_bits_per_byte']:.3f}",
+        *(
+            f"unseen in training    {name} at {_number(domain['bits_per_byte'], '.3f')}, "
+            "not in the mean"
+            for name, domain in record["unseen"].items()
+        ),
         f"effective domains     {record['effective_domains']:.2f} of {len(record['domains'])}",
         f"budget                {budget['minimum']} to {budget['maximum']} experts a token"
         + ("" if average is None else f", {average:g} on average"),

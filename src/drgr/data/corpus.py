@@ -1,7 +1,8 @@
 """A prepared corpus: domain names, sizes, and read-only memory-mapped tokens."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,40 @@ class Corpus:
         counts = self._counts(split, domain)
         return float(counts["bytes"] / counts["tokens"])
 
+    def restricted(self, domains: Sequence[str]) -> "Corpus":
+        """Returns the same corpus with some of its domains only; the others are unknown to it.
+
+        Tokenizer, vocabulary size and fingerprint stay those of the whole corpus.
+
+        Args:
+            domains: Names of the domains to keep; the order stays that of the corpus.
+
+        Raises:
+            DataError: If a domain is unknown.
+        """
+        for domain in domains:
+            self._counts("train", domain)
+        return replace(self, domains=tuple(name for name in self.domains if name in domains))
+
     def natural_weights(self) -> NDArray[np.float64]:
         """Returns each domain's share of the train tokens, shape ``(G,)``, summing to 1."""
         counts = [self._counts("train", domain)["tokens"] for domain in self.domains]
         return np.asarray(counts, np.float64) / float(sum(counts))
 
     def declared_weights(self) -> NDArray[np.float64] | None:
-        """Returns the sampling weights of the user's domain file, shape ``(G,)``, or ``None``."""
+        """Returns the sampling weights of the user's domain file, shape ``(G,)``, or ``None``.
+
+        Raises:
+            DataError: If all of these domains have weight 0, as a part of a corpus can.
+        """
         weights = [self.manifest["domains"][domain]["weight"] for domain in self.domains]
         if weights[0] is None:
             return None
+        if not any(weights):
+            raise DataError(
+                f"the domain file of corpus {self.name!r} gives the domains {list(self.domains)} "
+                f"no weight; give one of them a weight above 0, or set data.sampling"
+            )
         return np.asarray(weights, np.float64) / float(sum(weights))
 
     def _counts(self, split: str, domain: str) -> Json:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,7 @@ def evaluate_domains(
     batch_size: int,
     group: ProcessGroup | None = None,
     autocast: torch.dtype | None = None,
+    knows_sources: bool = True,
 ) -> DomainScores:
     """Evaluates a model on fixed windows of every domain of a split.
 
@@ -114,13 +116,15 @@ def evaluate_domains(
         batch_size: Windows in a forward pass.
         group: Processes that share the work; each evaluates a part, all return the whole.
         autocast: Dtype of matrix products, or ``None`` for that of the weights.
+        knows_sources: Whether the corpus's domains are those of training. If not, link gates treat
+            every token as one of an unknown source.
 
     Returns:
         Sums over all processes.
     """
     model = attachment.model
     device = next(model.parameters()).device
-    totals = _Totals(attachment, len(corpus.domains), device)
+    totals = _Totals(attachment, len(corpus.domains), device, knows_sources=knows_sources)
     was_training = model.training
     model.eval()
     try:
@@ -166,8 +170,15 @@ def own_batches(
 class _Totals:
     """Running sums of one evaluation."""
 
-    def __init__(self, attachment: Attachment, num_domains: int, device: torch.device) -> None:
-        self._attachment = attachment
+    def __init__(
+        self,
+        attachment: Attachment,
+        num_domains: int,
+        device: torch.device,
+        *,
+        knows_sources: bool,
+    ) -> None:
+        self._attachment, self._knows_sources = attachment, knows_sources
         num_experts = attachment.policies[0].controller.prices.shape[0]
         shape = (len(attachment.layer_names), num_domains, num_experts)
         self._device = device
@@ -179,7 +190,8 @@ class _Totals:
 
     def add(self, model: nn.Module, domain: int, batch: Batch) -> None:
         """Adds one batch of a single domain."""
-        with self._attachment.from_source(domain), self._attachment.record() as records:
+        known = self._attachment.from_source(domain) if self._knows_sources else nullcontext()
+        with known, self._attachment.record() as records:
             output: Any = model(input_ids=batch.input_ids.to(self._device), use_cache=False)
         losses = token_losses(output.logits, batch.labels.to(self._device))
         self._loss_sums[domain] += losses.double().sum()

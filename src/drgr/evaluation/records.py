@@ -105,6 +105,7 @@ def evaluation_record(
     step: int,
     bounds: ExpertBounds,
     training: Json,
+    unseen: DomainScores | None = None,
 ) -> Json:
     """Describes a final evaluation.
 
@@ -118,6 +119,8 @@ def evaluation_record(
             ``seconds``, ``tokens_per_second``, ``budget`` with ``budget``, ``spend`` and
             ``batches_over``, ``exchanged_bytes`` of a step, and for each of the ``layers`` its
             ``training_budget``, ``training_spend``, ``congestion`` and ``domain_traffic``.
+        unseen: The same evaluation of domains that training had no part of. They are in no other
+            number of the record: the mean and the worst are over the domains of training.
     """
     losses = named(scores.domains, scores.losses)
     bits = named(scores.domains, scores.bits_per_byte)
@@ -148,6 +151,7 @@ def evaluation_record(
         "seconds": training["seconds"],
         "tokens_per_second": training["tokens_per_second"],
         "domains": domains,
+        "unseen": {} if unseen is None else _unseen_domains(unseen, split),
         **_summary(scores),
         "effective_domains": training["effective_domains"],
         "budget": {
@@ -160,6 +164,21 @@ def evaluation_record(
         },
         "exchanged_bytes": training["exchanged_bytes"],
         "layers": layers,
+    }
+
+
+def _unseen_domains(scores: DomainScores, split: str) -> Json:
+    losses = named(scores.domains, scores.losses)
+    bits = named(scores.domains, scores.bits_per_byte)
+    experts = named(scores.domains, scores.experts_per_token)
+    return {
+        name: {
+            f"{split}_tokens": int(scores.num_tokens[index]),
+            "loss": losses[name],
+            "bits_per_byte": bits[name],
+            "experts_per_token": experts[name],
+        }
+        for index, name in enumerate(scores.domains)
     }
 
 

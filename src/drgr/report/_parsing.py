@@ -78,7 +78,7 @@ def parse_alarm(fields: Fields, *, step: int) -> AlarmRecord:
 
 def parse_evaluation(fields: Fields) -> EvaluationRecord:
     """Reads ``evaluation.json``."""
-    domains = fields.child("domains")
+    domains, unseen = fields.child("domains"), fields.child("unseen")
     return EvaluationRecord(
         split=fields.text("split"),
         step=fields.number("step"),
@@ -87,6 +87,7 @@ def parse_evaluation(fields: Fields) -> EvaluationRecord:
         tokens_per_second=fields.number("tokens_per_second"),
         seconds=fields.number("seconds"),
         domains={name: _domain_evaluation(domains.child(name)) for name in domains.names()},
+        unseen={name: unseen.child(name).number("bits_per_byte") for name in unseen.names()},
         mean_bits_per_byte=fields.number("mean_bits_per_byte"),
         worst_domain=fields.text("worst_domain"),
         worst_bits_per_byte=fields.number("worst_bits_per_byte"),

@@ -172,6 +172,7 @@ class EvaluationRecord:
     tokens_per_second: float | None
     seconds: float | None
     domains: Mapping[str, DomainEvaluation]
+    unseen: Numbers
     mean_bits_per_byte: float | None
     worst_domain: str | None
     worst_bits_per_byte: float | None

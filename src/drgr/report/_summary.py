@@ -57,10 +57,14 @@ class LayerBalance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSummary:
-    """The table of a run; ``source`` says which split and step the held-out numbers are from."""
+    """The table of a run; ``source`` says which split and step the held-out numbers are from.
+
+    ``unseen`` has the bits per byte of domains that training had no part of; no other number does.
+    """
 
     source: str
     domains: tuple[DomainSummary, ...]
+    unseen: Numbers
     mean_bits_per_byte: float | None
     worst_domain: str | None
     worst_bits_per_byte: float | None
@@ -138,6 +142,7 @@ def _from_evaluation(evaluation: EvaluationRecord) -> RunSummary:
     return RunSummary(
         source=_source(f"{evaluation.split or 'held-out'} split", evaluation.step),
         domains=_worst_first(domains),
+        unseen=evaluation.unseen,
         mean_bits_per_byte=evaluation.mean_bits_per_byte,
         worst_domain=worst,
         worst_bits_per_byte=evaluation.worst_bits_per_byte,
@@ -184,6 +189,7 @@ def _from_records(run: RunRecord) -> RunSummary:
     return RunSummary(
         source=_source("validation split", validation.step) if validation else "no evaluation",
         domains=_domains_from_records(run, worst),
+        unseen={},
         mean_bits_per_byte=validation.mean_bits_per_byte if validation else None,
         worst_domain=worst,
         worst_bits_per_byte=bits.get(worst) if worst else None,

@@ -49,7 +49,9 @@ def domain_table(summary: RunSummary, styles: Mapping[str, SeriesStyle]) -> Html
     )
     head = tag("tr", *(tag("th", text(name), attributes={"scope": "col"}) for name in heads))
     rows = [_domain_row(domain, styles[domain.name]) for domain in summary.domains]
-    caption = tag("caption", text(f"Held-out: {summary.source}"))
+    apart = [f"{name} {number(bits, 3)}" for name, bits in summary.unseen.items()]
+    shown = f"; unseen in training, in no other number: {', '.join(apart)}" if apart else ""
+    caption = tag("caption", text(f"Held-out: {summary.source}{shown}"))
     table = tag(
         "table", caption, tag("thead", head), tag("tbody", *rows), attributes={"class": "domains"}
     )

@@ -74,6 +74,16 @@ class DataConfig(BaseModel):
     """Share of each domain in the training batches; ``natural`` is the weight that a domain file
     gives it, else its share of the tokens. A path ending in ``.json`` is the
     ``evaluation.json`` of a run, whose average mixture is taken."""
+    unseen: tuple[str, ...] = ()
+    """Domains that training has no part of: not drawn, not weighed, not in any held-out pass. The
+    final evaluation reports them apart from the others. A share in ``sampling`` counts for
+    nothing."""
+
+    @model_validator(mode="after")
+    def _check_unseen(self) -> "DataConfig":
+        if len(set(self.unseen)) < len(self.unseen):
+            raise ValueError(f"unseen must name each domain once, got {list(self.unseen)}")
+        return self
 
 
 class TinyModelConfig(BaseModel):

@@ -104,7 +104,14 @@ def evaluate_protocol(
     )
     if not is_own:
         return None, protocol
-    return _record(run, state, scores.domains, split=settings.split), protocol
+    unseen = _unseen(
+        run,
+        state,
+        split=settings.split,
+        max_windows=settings.max_windows,
+        shape=(settings.batch_size, settings.sequence_length),
+    )
+    return _record(run, state, scores.domains, unseen, split=settings.split), protocol
 
 
 def _loaded(run: RunObjects, directory: RunDirectory) -> LoopState:
@@ -117,28 +124,68 @@ def _loaded(run: RunObjects, directory: RunDirectory) -> LoopState:
 
 
 def _evaluate(run: RunObjects, state: LoopState, *, split: str, max_windows: int | None) -> Record:
+    shape = (run.settings.batch_size, run.settings.sequence_length)
+    scores = _scores(run, state, run.corpus, split=split, max_windows=max_windows, shape=shape)
+    unseen = _unseen(run, state, split=split, max_windows=max_windows, shape=shape)
+    return _record(run, state, scores, unseen, split=split)
+
+
+def _unseen(
+    run: RunObjects,
+    state: LoopState,
+    *,
+    split: str,
+    max_windows: int | None,
+    shape: tuple[int, int],
+) -> DomainScores | None:
+    """Evaluates the domains that training had no part of; None where there are none."""
+    if run.unseen is None:
+        return None
+    return _scores(run, state, run.unseen, split=split, max_windows=max_windows, shape=shape)
+
+
+def _scores(
+    run: RunObjects,
+    state: LoopState,
+    corpus: Corpus,
+    *,
+    split: str,
+    max_windows: int | None,
+    shape: tuple[int, int],
+) -> DomainScores:
+    """Evaluates domains in batches of a shape: windows, and tokens of each."""
+    batch_size, sequence_length = shape
     scores = evaluate_domains(
         run.attachment,
-        run.corpus,
+        corpus,
         split=split,
         max_windows=max_windows,
-        sequence_length=run.settings.sequence_length,
-        batch_size=run.settings.batch_size,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
         group=run.group,
         autocast=run.settings.autocast,
+        knows_sources=corpus is run.corpus,
     )
     if not math.isfinite(float(scores.loss_sums.sum())):
-        raise state.not_finite(split, scores.loss_sums, step=state.step)
-    return _record(run, state, scores, split=split)
+        raise state.not_finite(split, scores.loss_sums, step=state.step, domains=corpus.domains)
+    return scores
 
 
-def _record(run: RunObjects, state: LoopState, scores: DomainScores, *, split: str) -> Record:
+def _record(
+    run: RunObjects,
+    state: LoopState,
+    scores: DomainScores,
+    unseen: DomainScores | None,
+    *,
+    split: str,
+) -> Record:
     return evaluation_record(
         scores,
         split=split,
         step=state.step,
         bounds=run.bounds,
         training=_training_summary(run, state),
+        unseen=unseen,
     )
 
 

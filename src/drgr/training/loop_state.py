@@ -103,15 +103,19 @@ class LoopState:
         self.step = read_step(path)
         return True
 
-    def not_finite(self, what: str, loss_sums: Tensor, *, step: int) -> NonFiniteLossError:
+    def not_finite(
+        self, what: str, loss_sums: Tensor, *, step: int, domains: Sequence[str] | None = None
+    ) -> NonFiniteLossError:
         """Describes a loss that is not finite, by kind, domain and step, and what is left.
 
         Args:
             what: Which loss: ``"training"``, ``"held-out"`` and so on.
             loss_sums: Sums by domain, shape ``(G,)``; if all are finite, the gradient was not.
             step: The step that could not be taken, counted from 1; or the last one taken.
+            domains: Their names, ``G`` of them; by default those of training.
         """
-        named = zip(self._run.corpus.domains, loss_sums.tolist(), strict=True)
+        names = self._run.corpus.domains if domains is None else domains
+        named = zip(names, loss_sums.tolist(), strict=True)
         broken = [name for name, loss_sum in named if not math.isfinite(loss_sum)]
         where = f"{what} loss of domain {', '.join(broken)}" if broken else "gradient"
         path = latest_checkpoint(self._directory.checkpoints)

@@ -47,7 +47,8 @@ class RunObjects:
 
     Attributes:
         config: Where it came from.
-        corpus: What is read.
+        corpus: What training reads.
+        unseen: Domains that only the final evaluation reads; None where there are none.
         attachment: The model with its routing policies.
         forward_model: The model, or its data-parallel wrapper.
         optimizer: AdamW over the parameters of the inner level.
@@ -63,6 +64,7 @@ class RunObjects:
 
     config: RunConfig
     corpus: Corpus
+    unseen: Corpus | None
     attachment: Attachment
     forward_model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -104,6 +106,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     check_robustness(config.robustness)
     check_outer(config)
     check_sequence_length(corpus, config.data.sequence_length)
+    corpus, unseen = split_domains(config, corpus)
     sampling = sampling_weights(config, corpus)
     device = choose_device(config)
     torch.manual_seed(config.training.seed)
@@ -133,6 +136,7 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     return RunObjects(
         config=config,
         corpus=corpus,
+        unseen=unseen,
         attachment=attachment,
         forward_model=_forward_model(config, model, device),
         optimizer=optimizer,
@@ -155,8 +159,35 @@ def build_run(config: RunConfig, corpus: Corpus) -> RunObjects:
     )
 
 
+def split_domains(config: RunConfig, corpus: Corpus) -> tuple[Corpus, Corpus | None]:
+    """Returns what training reads of a corpus, and what only the final evaluation does.
+
+    Raises:
+        ConfigError: If an unseen domain is not one of the corpus, or all of them are unseen.
+    """
+    unseen = config.data.unseen
+    if not unseen:
+        return corpus, None
+    seen = [name for name in corpus.domains if name not in unseen]
+    if unknown := [name for name in unseen if name not in corpus.domains]:
+        raise ConfigError(
+            f"data.unseen must name domains of corpus {corpus.name}, {list(corpus.domains)}, got "
+            f"{unknown}"
+        )
+    if not seen:
+        raise ConfigError(
+            f"data.unseen must leave training at least one domain of corpus {corpus.name}, got all "
+            f"of {list(corpus.domains)}"
+        )
+    return corpus.restricted(seen), corpus.restricted(unseen)
+
+
 def sampling_weights(config: RunConfig, corpus: Corpus) -> Tensor:
     """Returns the base share of each domain in the batches, shape ``(G,)``, float64, summing to 1.
+
+    Args:
+        config: The configuration.
+        corpus: What training reads, without unseen domains.
 
     Raises:
         ConfigError: If the configured domains are not those of the corpus, or all shares are zero.
@@ -170,7 +201,9 @@ def sampling_weights(config: RunConfig, corpus: Corpus) -> Tensor:
         return torch.tensor(natural, dtype=torch.float64)
     if isinstance(sampling, str):
         return average_mixture(Path(sampling), corpus.domains)
-    if set(sampling) != set(corpus.domains):
+    # A recipe's mixture names every domain; the share of one that is unseen counts for nothing.
+    named = set(sampling) - set(config.data.unseen)
+    if named != set(corpus.domains):
         raise ConfigError(
             f"data.sampling must name the domains of corpus {corpus.name}, {list(corpus.domains)}, "
             f"got {list(sampling)}"

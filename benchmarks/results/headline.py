@@ -1,22 +1,37 @@
-"""Writes docs/results.md and its figure from the headline comparison; --check compares the page."""
+"""The headline comparison: equal total FLOPs, on a GPU, on two cores, and with a larger model."""
 
-import argparse
-import json
 import statistics
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "results.md"
+from benchmarks.results.comparison import (
+    MEAN,
+    OURS,
+    ROOT,
+    SIMPLE,
+    WORST,
+    average,
+    command,
+    common_seeds,
+    finished,
+    known_average,
+    provenance,
+    size,
+    spread,
+    unfinished_line,
+    values,
+    verdict,
+)
+from benchmarks.results.mixtures import mixture_lines
+
 FIGURE = ROOT / "docs" / "headline.svg"
 HEADLINE = "benchmarks/headline/headline.json"
-LARGE = "benchmarks/headline/large.json"
-OURS, SIMPLE, RIVAL = "DRGR", "uniform + auxiliary loss", "held-out adversary as sampling"
+RIVAL = "held-out adversary as sampling"
 UNBALANCED = "as given + auxiliary loss"
-WORST, MEAN = "worst_bits_per_byte", "mean_bits_per_byte"
+BILEVEL = OURS + " + hypergradient mixture"
 MARKERS = "osD^v<>phX*"
 INTRODUCTION = """# Results: does DRGR beat its baselines at equal compute?
 
@@ -40,52 +55,70 @@ quarter of the batch.
 """
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="fail if the page differs")
-    arguments = parser.parse_args()
-    headline, large = (json.loads((ROOT / path).read_text()) for path in (HEADLINE, LARGE))
-    written = page(headline, large)
-    if arguments.check:
-        if not PAGE.exists() or written != PAGE.read_text():
-            raise SystemExit(
-                f"{PAGE.name} differs from the results; run python -m benchmarks.results"
-            )
-        return
-    PAGE.write_text(written)
-    draw(headline)
+def section(result: dict[str, Any]) -> list[str]:
+    """Returns the title of the page and the section on the headline."""
+    seeds = common_seeds(result)
+    trials = max(trial["trial"] for trial in result["trials"]) + 1
+    return [
+        INTRODUCTION.format(trials=trials, done=done(result, seeds)),
+        *comparison_lines(result, seeds, level="##"),
+    ]
 
 
-def page(headline: dict[str, Any], large: dict[str, Any]) -> str:
-    """Returns the page."""
-    seeds = common_seeds(headline)
-    trials = max(trial["trial"] for trial in headline["trials"]) + 1
-    lines = [
-        INTRODUCTION.format(trials=trials, done=done(headline, seeds)),
-        *table(headline, seeds),
+def small(result: dict[str, Any]) -> list[str]:
+    """Returns the section on the same comparison in the size of two CPU cores."""
+    seeds = common_seeds(result)
+    trials = max((trial["trial"] + 1 for trial in result["trials"]), default=0)
+    tuning = f"{trials} trials for each method's own knob." if trials else "Nothing is tuned."
+    return [
+        "## The same on two CPU cores",
         "",
-        "Congestion is the gradient traffic of the busiest link (domain, expert) over the mean "
-        "link, averaged over layers. " + where(headline),
+        f"{size(result['setting'])} {tuning} DRGR here sets {_settings_of_ours(result)} on top of "
+        f"what all methods share. {done(result, seeds)}{command(result)}",
         "",
-        "## What it was meant to show",
-        "",
-        *claims(headline, seeds),
-        "",
-        "## What DRGR differs from, seed by seed",
-        "",
-        *pairs(headline),
-        "",
+        *comparison_lines(result, seeds, level="###"),
+    ]
+
+
+def _settings_of_ours(result: dict[str, Any]) -> str:
+    method = next(one for one in result["methods"] if one["name"] == OURS)
+    return ", ".join(f"`{setting}`" for setting in method["settings"]) or "nothing"
+
+
+def large(result: dict[str, Any]) -> list[str]:
+    """Returns the section on the larger model."""
+    return [
         "## A model of 110 million parameters",
         "",
         "8 layers of 16 experts, bfloat16, 300 steps of 8,192 tokens, settings not tuned. "
-        + where(large)
+        + provenance(result)
         + " `drgr compare benchmarks/headline/large.yaml --parallel 2`",
         "",
-        *table(large, common_seeds(large)),
+        *table(result, common_seeds(result)),
         "",
-        *large_lines(large),
+        *large_lines(result),
     ]
-    return "\n".join(lines) + "\n"
+
+
+def comparison_lines(result: dict[str, Any], seeds: list[int], *, level: str) -> list[str]:
+    """Returns the table, the claims, the mixtures and the differences of a comparison."""
+    return [
+        *table(result, seeds),
+        *unfinished_line(result),
+        "",
+        "Congestion is the gradient traffic of the busiest link (domain, expert) over the mean "
+        "link, averaged over layers. " + provenance(result),
+        "",
+        f"{level} What it was meant to show",
+        "",
+        *claims(result, seeds),
+        "",
+        *mixture_lines(result, seeds, level=level),
+        "",
+        f"{level} What DRGR differs from, seed by seed",
+        "",
+        *pairs(result),
+    ]
 
 
 def done(result: dict[str, Any], seeds: list[int]) -> str:
@@ -99,30 +132,6 @@ def done(result: dict[str, Any], seeds: list[int]) -> str:
     )
 
 
-def common_seeds(result: dict[str, Any]) -> list[int]:
-    """Returns the seeds that every method finished."""
-    by_method = [set(seeds_of(result, method["name"])) for method in result["methods"]]
-    return sorted(by_method[0].intersection(*by_method[1:]))
-
-
-def seeds_of(result: dict[str, Any], method: str) -> list[int]:
-    return [
-        run["seed"]
-        for run in result["runs"]
-        if run["method"] == method and run["status"] == "finished"
-    ]
-
-
-def values(result: dict[str, Any], method: str, figure: str, seeds: list[int]) -> list[float]:
-    """Returns a figure of a method on some seeds."""
-    found = {run["seed"]: run[figure] for run in result["runs"] if run["method"] == method}
-    return [found[seed] for seed in seeds]
-
-
-def average(result: dict[str, Any], method: str, figure: str, seeds: list[int]) -> float:
-    return statistics.fmean(values(result, method, figure, seeds))
-
-
 def table(result: dict[str, Any], seeds: list[int]) -> list[str]:
     """Returns the methods by their worst domain, mean and standard deviation over seeds."""
     lines = [
@@ -130,7 +139,7 @@ def table(result: dict[str, Any], seeds: list[int]) -> list[str]:
         f"| steps | FLOPs | tuned ({len(seeds)} seeds) |",
         "| --- | --: | --: | --: | --: | --: | --: | --- |",
     ]
-    names = [method["name"] for method in result["methods"]]
+    names = finished(result)
     for name in sorted(names, key=lambda one: average(result, one, WORST, seeds)):
         method = next(one for one in result["methods"] if one["name"] == name)
         shown = f"**{name}**" if name == OURS else name
@@ -145,11 +154,6 @@ def table(result: dict[str, Any], seeds: list[int]) -> list[str]:
     return lines
 
 
-def spread(result: dict[str, Any], name: str, figure: str, seeds: list[int]) -> str:
-    found = values(result, name, figure, seeds)
-    return f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}"
-
-
 def tuned(settings: dict[str, Any]) -> str:
     """Shows what tuning chose, shortly."""
     parts = [
@@ -160,52 +164,68 @@ def tuned(settings: dict[str, Any]) -> str:
     return ", ".join(parts) or ("mixture" if settings else "")
 
 
-def where(result: dict[str, Any]) -> str:
-    machine, *_ = result["environment"]["hardware"]
-    commit, *_ = result["environment"]["commits"]
-    return f"Measured on one {machine['accelerator'] or machine['processor']}, commit {commit[:8]}."
-
-
 def claims(result: dict[str, Any], seeds: list[int]) -> list[str]:
-    """Returns what the comparison was meant to show, and whether it does."""
-    rivals = [one["name"] for one in result["methods"] if not one["name"].startswith(OURS)]
+    """Returns what the comparison was meant to show, and whether it does.
+
+    What a comparison has no method for is left out.
+    """
+    return [f"- *{claim}*: {verdict(holds)}. {why}" for claim, holds, why in _claims(result, seeds)]
+
+
+def _claims(result: dict[str, Any], seeds: list[int]) -> Iterator[tuple[str, bool, str]]:
+    names = finished(result)
+    yield _worst_claim(result, seeds)
+    if SIMPLE in names:
+        mean = average(result, OURS, MEAN, seeds) / average(result, SIMPLE, MEAN, seeds) - 1
+        yield "Mean at most 1 % above uniform sampling", mean <= 0.01, f"It is {mean:+.1%}."
+    if UNBALANCED in names:
+        ours, theirs = (average(result, one, "congestion", seeds) for one in (OURS, UNBALANCED))
+        price = known_average(result, OURS, "traffic_price") or 0.0
+        yield (
+            "Congestion at least 30 % below ERM with an auxiliary loss",
+            ours <= 0.7 * theirs,
+            f"It is {ours:.1f} against {theirs:.1f} ({ours / theirs - 1:+.0%}); the price on "
+            f"gradient traffic is {f'{price:g}' if price else 'off'}.",
+        )
+    over = sum(run["batches_over_budget"] for run in result["runs"])
+    yield (
+        "No assignment over budget in any batch of any run",
+        over == 0,
+        f"{over:.0f} batches in {len(result['runs'])} runs.",
+    )
+    if BILEVEL in names:
+        better = is_better(result, seeds)
+        yield (
+            "The hypergradient pays for its FLOPs",
+            better,
+            f"With it the worst domain is at {average(result, BILEVEL, WORST, seeds):.3f} and the "
+            f"mean at {average(result, BILEVEL, MEAN, seeds):.3f}"
+            + ("." if better else ", so it is off by default."),
+        )
+
+
+def _worst_claim(result: dict[str, Any], seeds: list[int]) -> tuple[str, bool, str]:
+    rivals = [name for name in finished(result) if not name.startswith(OURS)]
     best = min(rivals, key=lambda one: average(result, one, WORST, seeds))
     pair, sign = difference(result, WORST, best)
+    claim = "Worst domain below the best baseline, with a 95 % interval without zero"
+    gap = f"Against {best} the difference is {sign * pair['mean']:+.3f} bits per byte, "
+    if pair["student_low"] is None:
+        return claim, False, gap + "with one seed and so without an interval."
     low, high = sorted((sign * pair["student_low"], sign * pair["student_high"]))
-    mean = average(result, OURS, MEAN, seeds) / average(result, SIMPLE, MEAN, seeds) - 1
-    congestion = average(result, OURS, "congestion", seeds)
-    theirs = average(result, UNBALANCED, "congestion", seeds)
-    over = sum(run["batches_over_budget"] for run in result["runs"])
-    return [
-        f"- *Worst domain below the best baseline, with a 95 % interval without zero*: "
-        f"{verdict(high < 0)}. Against {best} the difference is "
-        f"{sign * pair['mean']:+.3f} bits per byte, Student interval [{low:+.4f}, {high:+.4f}] "
-        f"over {len(seeds)} paired seeds; corrected for all comparisons of the table (Holm) "
-        f"p = {corrected(result, best):.2g}.",
-        f"- *Mean at most 1 % above uniform sampling*: {verdict(mean <= 0.01)}. It is {mean:+.1%}.",
-        f"- *Congestion at least 30 % below ERM with an auxiliary loss*: "
-        f"{verdict(congestion <= 0.7 * theirs)}. It is {congestion:.1f} against {theirs:.1f} "
-        f"({congestion / theirs - 1:+.0%}); the price on gradient traffic is off.",
-        f"- *No assignment over budget in any batch of any run*: {verdict(over == 0)}. "
-        f"{over:.0f} batches in {len(result['runs'])} runs.",
-        f"- *The hypergradient pays for its FLOPs*: {verdict(is_better(result, seeds))}. With it "
-        f"the worst domain is at "
-        f"{average(result, OURS + ' + hypergradient mixture', WORST, seeds):.3f} and the mean at "
-        f"{average(result, OURS + ' + hypergradient mixture', MEAN, seeds):.3f}, so it is off by "
-        f"default.",
-    ]
-
-
-def is_better(result: dict[str, Any], seeds: list[int]) -> bool:
-    name = OURS + " + hypergradient mixture"
-    return all(
-        average(result, name, figure, seeds) <= average(result, OURS, figure, seeds)
-        for figure in (WORST, MEAN)
+    return (
+        claim,
+        high < 0,
+        f"{gap}Student interval [{low:+.4f}, {high:+.4f}] over {len(seeds)} paired seeds; "
+        f"corrected for all comparisons of the table (Holm) p = {corrected(result, best):.2g}.",
     )
 
 
-def verdict(holds: bool) -> str:
-    return "yes" if holds else "**no**"
+def is_better(result: dict[str, Any], seeds: list[int]) -> bool:
+    return all(
+        average(result, BILEVEL, figure, seeds) <= average(result, OURS, figure, seeds)
+        for figure in (WORST, MEAN)
+    )
 
 
 def difference(result: dict[str, Any], figure: str, other: str) -> tuple[dict[str, Any], int]:
@@ -213,7 +233,7 @@ def difference(result: dict[str, Any], figure: str, other: str) -> tuple[dict[st
     for pair in result["pairs"]:
         if pair["figure"] == figure and {pair["a"], pair["b"]} == {OURS, other}:
             return pair["difference"], 1 if pair["a"] == OURS else -1
-    raise SystemExit(f"{HEADLINE} has no pair of {OURS} and {other}")
+    raise SystemExit(f"the comparison {result['name']} has no pair of {OURS} and {other}")
 
 
 def corrected(result: dict[str, Any], other: str) -> float:
@@ -231,14 +251,17 @@ def pairs(result: dict[str, Any]) -> list[str]:
         "| DRGR less | worst domain | 95 % | Holm p | mean of domains | 95 % |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
-    for method in result["methods"]:
-        if (name := method["name"]) == OURS:
+    for name in finished(result):
+        if name == OURS:
             continue
         parts = []
         for figure in (WORST, MEAN):
             found, sign = difference(result, figure, name)
-            low, high = sorted((sign * found["student_low"], sign * found["student_high"]))
-            parts.append((f"{sign * found['mean']:+.3f}", f"[{low:+.3f}, {high:+.3f}]"))
+            shown = "one seed"
+            if found["student_low"] is not None:
+                low, high = sorted((sign * found["student_low"], sign * found["student_high"]))
+                shown = f"[{low:+.3f}, {high:+.3f}]"
+            parts.append((f"{sign * found['mean']:+.3f}", shown))
         lines.append(
             f"| {name} | {parts[0][0]} | {parts[0][1]} | {corrected(result, name):.2g} | "
             f"{parts[1][0]} | {parts[1][1]} |"
@@ -265,8 +288,7 @@ def draw(result: dict[str, Any]) -> None:
     figure = Figure(figsize=(7.6, 3.8), layout="constrained")
     axes = figure.add_subplot()
     limit = 1.2 * average(result, OURS, WORST, seeds)
-    names = [one["name"] for one in result["methods"]]
-    shown = [name for name in names if average(result, name, WORST, seeds) <= limit]
+    shown = [name for name in finished(result) if average(result, name, WORST, seeds) <= limit]
     for number, name in enumerate(
         sorted(shown, key=lambda one: average(result, one, WORST, seeds))
     ):
@@ -289,7 +311,3 @@ def draw(result: dict[str, Any]) -> None:
     axes.set_title(f"Equal total FLOPs, {len(seeds)} seeds, mean and standard deviation")
     axes.margins(0.1)
     figure.savefig(FIGURE, metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()
