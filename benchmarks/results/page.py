@@ -52,7 +52,9 @@ def routers(result: dict[str, Any]) -> list[str]:
 SECTIONS = (
     Section(result=headline.HEADLINE, write=headline.section, draw=headline.draw),
     Section(result="benchmarks/headline/large.json", write=headline.large),
-    Section(result="benchmarks/headline/small.json", write=headline.small),
+    Section(
+        result="benchmarks/headline/small.json", write=headline.small, draw=headline.draw_small
+    ),
     Section(result="benchmarks/headline/ablation.json", write=ablation.section),
     Section(result="benchmarks/headline/compute.json", write=compute.section, draw=compute.draw),
     Section(result="benchmarks/headline/unseen.json", write=unseen.section),
