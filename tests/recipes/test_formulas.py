@@ -146,8 +146,15 @@ def test_drmoet_weighs_experts_by_their_mean_losses(runs, corpus, tmp_path):
 
 
 def test_drgr_draws_by_kl_weights_of_training_losses_from_a_later_step_on(runs, corpus, tmp_path):
-    config = small(runs, "drgr", robustness__begin=4, robustness__every=2)
+    growing = {"kind": "progressive", "first": 1, "switch_step": 3}
+    config = small(
+        runs, "drgr", robustness__begin=4, robustness__every=2, routing__selection=growing
+    )
     run, steps = trained(runs, corpus, tmp_path, config)
+    tokens = config.training.batch_size * config.data.sequence_length
+    layers = len(run.attachment.layer_names)
+    assert [record["spend"] / (layers * tokens) for record in steps] == [1, 1, 1, 2, 2, 2]
+    assert run.config.routing.traffic.coefficient > 0
     assert run.outer is None
     assert all(record["batches_over"] == 0 for record in steps)
     uniform = 1 / len(corpus.domains)

@@ -40,6 +40,11 @@ KINDS: dict[str, tuple[dict[str, Any], type, tuple[int, int, float | None]]] = {
         ProgressiveSelector,
         (1, 4, 1.7),
     ),
+    "growing": (
+        {"kind": "progressive", "first": 1, "switch_step": 2},
+        ProgressiveSelector,
+        (1, 4, 1.7),
+    ),
 }
 STEPS, TOKENS = 4, 4 * 32
 # Assignments of the run that each of the two layers is allowed.
@@ -53,6 +58,7 @@ ALLOWED = {
         2 * 5 * TOKENS + 2 * int(1.7 * TOKENS),
         int(1.7 * TOKENS) * STEPS,
     ],
+    "growing": [2 * TOKENS + 2 * int(1.7 * TOKENS)] * 2,
 }
 
 

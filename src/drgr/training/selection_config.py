@@ -98,16 +98,18 @@ class LayersConfig(BaseModel):
 
 
 class ProgressiveConfig(BaseModel):
-    """More experts in the lowest layers until some step, then the budget.
+    """Another number of experts until some step, then the budget.
 
-    See :class:`drgr.routing.selection.ProgressiveSelector`.
+    More in the lowest layers, as published, or fewer everywhere: cheap steps first. See
+    :class:`drgr.routing.selection.ProgressiveSelector`.
     """
 
     model_config = STRICT
 
     kind: Literal["progressive"]
-    first: Annotated[tuple[Count, ...], Field(min_length=1)]
-    """Experts of every token in the lowest MoE layers until the switch."""
+    first: Count | Annotated[tuple[Count, ...], Field(min_length=1)]
+    """Experts of every token until the switch: one number for all MoE layers, or one for each of
+    the lowest."""
     switch_step: Count
     """Optimizer steps before every layer has the budget."""
 

@@ -233,17 +233,18 @@ def _progressive(
     config: ProgressiveConfig, budget: TokenBudget, smoothing: float, extent: tuple[int, int]
 ) -> RunSelection:
     num_layers, steps = extent
-    if len(config.first) > num_layers:
+    counts = (config.first,) * num_layers if isinstance(config.first, int) else config.first
+    if len(counts) > num_layers:
         raise ConfigError(
             f"routing.selection.first must have at most one entry for each of the {num_layers} MoE "
-            f"layers, got {len(config.first)}"
+            f"layers, got {len(counts)}"
         )
-    firsts = [TokenBudget(minimum=k, maximum=k, average=k) for k in config.first]
+    firsts = [TokenBudget(minimum=k, maximum=k, average=k) for k in counts]
     firsts += [budget] * (num_layers - len(firsts))
 
     def build(place: LayerPlace) -> Selector:
         first = firsts[place.number]
-        if place.number < len(config.first) and first.maximum > place.num_experts:
+        if place.number < len(counts) and first.maximum > place.num_experts:
             raise ConfigError(
                 f"routing.selection.first must be at most the {place.num_experts} experts of a "
                 f"layer, got {first.maximum}"
