@@ -273,7 +273,7 @@ METHODS = (
     Method(
         name="JTT",
         train=train_jtt,
-        trials=_settings("factor", 4.0, 10.0, 30.0),
+        trials=_settings("factor", 2.0, 5.0, 20.0),
         knows_groups=False,
     ),
     Method(
