@@ -17,7 +17,7 @@ from drgr.routing.selection import BudgetedSelector
 WIDTH, EXPERTS, EXPERT_WIDTH = 32, 8, 32
 BUDGET = TokenBudget(minimum=1, maximum=4, average=2)
 PRICE_SMOOTHING = 0.9
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 4e-3
 # Of the last step, as a share of the first.
 FINAL_RATE = 0.1
 
@@ -127,7 +127,7 @@ def fit(samples: Samples, rule: Rule, training: Training, *, ledger: Ledger | No
     costs = model.costs()
     generator = torch.Generator().manual_seed(training.seed)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, weight_decay=training.weight_decay
+        model.parameters(), lr=LEARNING_RATE, weight_decay=training.weight_decay, fused=True
     )
     slope = (1 - FINAL_RATE) / max(training.steps - 1, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - slope * step)

@@ -225,7 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", choices=list(SOURCES), default=DEFAULT_SOURCES)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--cache", type=Path, help="where archives are kept; as for drgr train")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
