@@ -39,7 +39,7 @@ def part(result: Row, data: Row) -> list[str]:
     smallest = min(data["groups"], key=lambda group: group["test"])
     train = sum(group["train"] for group in data["groups"])
     return [
-        f"**{data['name'].capitalize()}** ({data['kind']}): {data['notes']}. {train} training "
+        f"**{data['name']}** ({data['kind']}): {data['notes']}. {train} training "
         f"samples, {len(data['groups'])} groups; the smallest, {smallest['name']}, has "
         f"{smallest['train']} of them and {smallest['test']} test samples. {data['licence']}.",
         "",
@@ -66,7 +66,10 @@ def percent(figure: dict[str, float]) -> str:
 
 
 def sentences(result: Row, rows: Sequence[Row]) -> list[str]:
-    """Says how DRGR's worst group compares with the best other one and with that of ERM."""
+    """Says how DRGR's worst group compares with the best other one and with that of ERM.
+
+    The best is the best on the test split, which favours it.
+    """
     best = next(row["method"] for row in rows if row["method"] != OURS)
     pairs = {
         pair["other"]: pair for pair in result["comparisons"] if pair["data"] == rows[0]["data"]
