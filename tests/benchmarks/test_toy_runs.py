@@ -317,3 +317,29 @@ def test_routing_cost(run_script):
     assert len(result["rows"]) == 2 * 13
     assert all(row["share"]["median"] > 0 for row in result["rows"])
     assert set(result["slow"]) <= {row["controller"] for row in result["rows"]}
+
+
+def test_real_groups(run_script, monkeypatch):
+    result = run_script(
+        "benchmarks.real_groups.run",
+        *("--data", "generated", "--seeds", "2", "--steps", "6", "--batch-size", "64"),
+    )
+    assert all(result["claims"].values()), result["claims"]
+    assert len(result["summary"]) == 7
+    assert len(result["trials"]) == 7 * 3
+    assert len(result["runs"]) == 7 * 2
+    for run in result["runs"]:
+        assert run["worst_group_accuracy"] == min(run["group_accuracy"])
+        assert run["worst_group_accuracy"] <= run["average_accuracy"]
+        assert (run["steps"] < 6) == (run["method"] == "JTT")
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.real_groups.page import section
+
+    lines = section(result)
+    assert lines[0] == "## Real groups"
+    for row in result["summary"]:
+        worst = f"{100 * row['worst_group_accuracy']['mean']:.1f} ±"
+        assert any(line.startswith(f"| {row['method']} |") and worst in line for line in lines)
+    compared = [line for line in lines if line.startswith("- DRGR's worst group is ")]
+    assert len(compared) == 2
+    assert "that of ERM (paired, 95 % interval" in compared[1]
