@@ -23,19 +23,21 @@ from drgr.bilevel import CG, hypergradient
 from drgr.training.adversary import DomainAdversary
 
 BATCH = 128
-LEARNING_RATE = 0.02
+LEARNING_RATE = 0.03
 REFRESH_EVERY = 10
 SMOOTHING = 0.9
 # Of the ascent from the last weights (one over its step size), and of the ball around uniform.
-ASCENT_PENALTY = 10.0
+ASCENT_PENALTY = 3.0
 BALL_PENALTY = 0.1
 UNIFORM_SHARE = 0.01
-# Of the bilevel mixture: steps between outer steps, least samples of its two batches in all and of
-# a domain, step size in the logarithm of the mixture, and penalty of the outer worst case.
-OUTER_EVERY = 50
+# Of the bilevel mixture: steps between outer steps, least samples of each of its two batches in all
+# and of a domain, step size and longest step in the logarithm of the mixture, and penalty of the
+# outer worst case.
+OUTER_EVERY = 20
 OUTER_SAMPLES = 128
-OUTER_DOMAIN_SAMPLES = 4
-OUTER_RATE = 0.2
+OUTER_DOMAIN_SAMPLES = 2
+OUTER_RATE = 0.3
+LONGEST_OUTER_STEP = 0.3
 OUTER_PENALTY = 0.1
 
 UNIFORM = "uniform sampling"
@@ -75,11 +77,12 @@ _MOVING = {
     "bilevel mixture, CG": Method(is_bilevel=True),
     ORACLE: Method(fixed="oracle"),
 }
+_ON_RAW = (GROUP_DRO, SAMPLING, "KL ball around uniform, as sampling")
 METHODS = {
     UNIFORM: Method(fixed="uniform"),
     "natural sampling": Method(fixed="natural"),
     **{f"{name} (excess)": method for name, method in _MOVING.items()},
-    **{f"{name} (raw)": replace(method, excess=False) for name, method in _MOVING.items()},
+    **{f"{name} (raw)": replace(_MOVING[name], excess=False) for name in (*_ON_RAW, ORACLE)},
 }
 
 
@@ -131,7 +134,9 @@ class _Bilevel:
         self.auxiliary = found.auxiliary
         # Exponentiated descent: the slope in a logit is the mixture's weight times that in it.
         mixture = self.logits.softmax(dim=0)
-        self.logits = (self.logits - OUTER_RATE * found.grads / mixture.clamp_min(1e-3)).detach()
+        move = OUTER_RATE * found.grads / mixture.clamp_min(1e-3)
+        move = move * (LONGEST_OUTER_STEP / move.abs().max().clamp_min(LONGEST_OUTER_STEP))
+        self.logits = self.logits - move
         return _with_uniform(self.logits.softmax(dim=0))
 
 

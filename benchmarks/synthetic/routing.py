@@ -25,13 +25,14 @@ from drgr.routing import (
 from drgr.routing.selection import BudgetedSelector
 
 WIDTH, EXPERT_WIDTH = 32, 8
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 1e-2
 AUXILIARY = 0.01
 TOP_K = TokenBudget(minimum=2, maximum=2, average=2)
 BATCH_BUDGET = TokenBudget(minimum=1, maximum=4, average=2)
 # Tokens of each cluster in the evaluation, at least so many in all.
 EVALUATED_OF_CLUSTER, EVALUATED = 32, 4096
 SHUFFLES = 4
+UNTRAINED = "untrained layer, top 2"
 AUXILIARY_LOSS = "auxiliary loss, top 2"
 BUDGETED = "quantile prices, batch budget"
 PLANTED = "quantile prices of planted loads, batch budget"
@@ -72,7 +73,6 @@ METHODS = {
     AUXILIARY_LOSS: Method(prices=_no_prices, budget=TOP_K, auxiliary=AUXILIARY),
     "no balance, top 2": Method(prices=_no_prices, budget=TOP_K),
     "sign prices, batch budget": Method(prices=_sign, budget=BATCH_BUDGET),
-    "quantile prices, top 2": Method(prices=_quantile, budget=TOP_K),
     BUDGETED: Method(prices=_quantile, budget=BATCH_BUDGET),
     PLANTED: Method(prices=_planted_loads, budget=BATCH_BUDGET),
 }
@@ -180,9 +180,9 @@ def recovery(cluster: Tensor, expert: Tensor, size: int) -> dict[str, float]:
 def evaluate(layer: MoELayer, clusters: Clusters, generator: torch.Generator) -> dict[str, Any]:
     """Returns recovery and losses above the noise, on as many fresh tokens of every cluster.
 
-    A loss is the mean square error to the noiseless target over the mean square of such targets;
-    1 is that of an output of 0. ``mean_loss`` weights clusters by how often they occur. Prices are
-    frozen, so that the spend is no longer exact.
+    A loss is a cluster's mean square error to the noiseless target over the mean square of that
+    target; 1 is that of an output of 0. ``mean_loss`` weights clusters by how often they occur.
+    Prices are frozen, so that the spend is no longer exact.
     """
     size = len(clusters.shares)
     each = max(EVALUATED_OF_CLUSTER, EVALUATED // size)
@@ -194,8 +194,11 @@ def evaluate(layer: MoELayer, clusters: Clusters, generator: torch.Generator) ->
     plan = routing.plan
     chosen = plan.combine_weights.masked_fill(~plan.keep, -1.0).argmax(dim=1, keepdim=True)
     expert = plan.expert_ids.gather(1, chosen).squeeze(1)
-    losses = (output - targets).square().mean(dim=1).view(size, each).mean(dim=1)
-    losses = losses / targets.square().mean()
+    losses, powers = (
+        part.square().mean(dim=1).view(size, each).mean(dim=1)
+        for part in (output - targets, targets)
+    )
+    losses = losses / powers
     rarest = losses[-max(1, size // 4) :]
     return {
         **recovery(cluster, expert, size),
@@ -210,9 +213,18 @@ def evaluate(layer: MoELayer, clusters: Clusters, generator: torch.Generator) ->
 def measure(
     num_experts: int, seed: int, *, steps: int, num_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
-    """Returns a row for each method, on the same clusters and tokens from the same first layer."""
+    """Returns a row for each method, on the same clusters and tokens from the same first layer.
+
+    The first row is that layer's, without a cost: a linear router tells clusters apart by chance.
+    """
     clusters = planted_clusters(num_experts, seed, width=WIDTH, expert_width=EXPERT_WIDTH)
-    rows: list[dict[str, Any]] = []
+    label = {"part": "routing", "experts": num_experts, "seed": seed}
+    first = evaluate(
+        student(METHODS[AUXILIARY_LOSS], clusters, seed),
+        clusters,
+        torch.Generator().manual_seed(2000 + seed),
+    )
+    rows: list[dict[str, Any]] = [label | {"method": UNTRAINED, "over_budget": 0} | first]
     layers = {}
     for name, method in METHODS.items():
         layer = layers[name] = student(method, clusters, seed)
@@ -221,10 +233,9 @@ def measure(
             layer, method, clusters, steps=steps, num_tokens=num_tokens, generator=generator
         )
         judged = evaluate(layer, clusters, torch.Generator().manual_seed(2000 + seed))
-        label = {"part": "routing", "experts": num_experts, "seed": seed, "method": name}
-        rows.append(label | judged | {"over_budget": over})
+        rows.append(label | {"method": name, "over_budget": over} | judged)
     costs = cost(layers, clusters, num_tokens=num_tokens, rounds=rounds)
-    return [row | costs[row["method"]] for row in rows]
+    return [row | costs.get(row["method"], {}) for row in rows]
 
 
 def cost(

@@ -16,7 +16,7 @@ process with one thread; only their ratios within one run mean something.)
 
 import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,11 @@ def summary(rows: list[Row]) -> list[Row]:
             SIZE[part]: size,
             "method": method,
             "seeds": len(group),
-            **{field: _spread(row[field] for row in group) for field in FIELDS[part]},
+            **{
+                field: _spread(row[field] for row in group)
+                for field in FIELDS[part]
+                if field in group[0]
+            },
         }
         for (part, size, method), group in groups.items()
     ]
@@ -104,7 +108,7 @@ def observations(tested: list[Row]) -> dict[str, bool]:
     sizes = sorted({size for size, _ in regrets})
     routed = {(row["experts"], row["method"]): row for row in tested if row["part"] == "routing"}
     seen = {}
-    for name in (mixtures.GROUP_DRO, mixtures.SAMPLING):
+    for name in (mixtures.GROUP_DRO, mixtures.SAMPLING) if sizes else ():
         excess, raw = f"{name} (excess)", f"{name} (raw)"
         seen[f"{name} has less regret than uniform sampling at every size"] = all(
             regrets[size, excess] < regrets[size, mixtures.UNIFORM] for size in sizes
@@ -114,7 +118,7 @@ def observations(tested: list[Row]) -> dict[str, bool]:
         )
     for field, better in (("information", "more"), ("worst_loss", "less")):
         sign = 1 if better == "more" else -1
-        for method in (routing.BUDGETED, routing.PLANTED):
+        for method in (routing.BUDGETED, routing.PLANTED) if routed else ():
             seen[f"{method}: {better} {field} than the auxiliary loss at every size"] = all(
                 sign * (row[field]["mean"] - routed[size, routing.AUXILIARY_LOSS][field]["mean"])
                 > 0
@@ -124,14 +128,15 @@ def observations(tested: list[Row]) -> dict[str, bool]:
     return seen
 
 
-def measure(arguments: argparse.Namespace) -> list[Row]:
-    """Returns the rows of both parts; sizes from the given ones on have fewer seeds."""
-    rows: list[Row] = []
+def measure(arguments: argparse.Namespace) -> Iterator[list[Row]]:
+    """Yields the rows of one size after the other; large layers have fewer seeds."""
     for num_domains in arguments.domains:
+        rows: list[Row] = []
         for seed in range(arguments.seeds):
             rows += mixtures.measure(num_domains, seed, samples=arguments.samples)
-        print(f"{num_domains} domains", flush=True)
+        yield rows
     for num_experts in arguments.experts:
+        rows = []
         is_large = num_experts >= arguments.large
         for seed in range(arguments.large_seeds if is_large else arguments.routing_seeds):
             rows += routing.measure(
@@ -141,8 +146,19 @@ def measure(arguments: argparse.Namespace) -> list[Row]:
                 num_tokens=arguments.tokens,
                 rounds=arguments.rounds,
             )
-        print(f"{num_experts} experts", flush=True)
-    return rows
+        yield rows
+
+
+def content_of(rows: list[Row], setting: dict[str, Any]) -> dict[str, Any]:
+    """Returns what is written of the rows so far."""
+    tested = summary(rows)
+    return {
+        "claims": claims(rows, tested),
+        "observations": observations(tested),
+        "setting": setting,
+        "summary": tested,
+        "runs": rows,
+    }
 
 
 def main() -> None:
@@ -150,45 +166,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--domains", type=int, nargs="+", default=[4, 16, 64, 256])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=128_000)
+    parser.add_argument("--samples", type=int, default=38_400)
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128, 512])
     parser.add_argument("--routing-seeds", type=int, default=2)
-    parser.add_argument("--large", type=int, default=512, help="experts that count as many")
+    parser.add_argument("--large", type=int, default=128, help="experts that count as many")
     parser.add_argument("--large-seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))
     parser.add_argument("--allow-dirty", action="store_true")
     arguments = parser.parse_args()
     environment = describe_source(allow_dirty=arguments.allow_dirty)
     torch.set_num_threads(1)
-    rows = measure(arguments)
-    tested = summary(rows)
-    holds, seen = claims(rows, tested), observations(tested)
     setting = {
         name: value
         for name, value in vars(arguments).items()
         if name not in ("output", "allow_dirty")
     }
-    content = {
-        "claims": holds,
-        "observations": seen,
-        "setting": setting,
-        "summary": tested,
-        "runs": rows,
-    }
-    write_result(arguments.output, environment, content)
-    for row in tested:
+    rows: list[Row] = []
+    content: dict[str, Any] = {}
+    for found in measure(arguments):
+        rows += found
+        content = content_of(rows, setting)
+        # After each size, so that a run that is cut short leaves what it measured.
+        write_result(arguments.output, environment, content)
+        print(f"{found[0]['part']}: {found[0][SIZE[found[0]['part']]]}", flush=True)
+    for row in content["summary"]:
         size = row[SIZE[row["part"]]]
         first, second = FIELDS[row["part"]][0], FIELDS[row["part"]][3]
         print(
             f"{row['part']:<8}{size:>4} {row['method']:<48}{first} {row[first]['mean']:.3f}  "
             f"{second} {row[second]['mean']:.3f}"
         )
-    for claim, kept in holds.items():
+    for claim, kept in content["claims"].items():
         print("holds" if kept else "FAILS", claim)
-    for observation, is_so in seen.items():
+    for observation, is_so in content["observations"].items():
         print("yes" if is_so else "no", observation)
 
 

@@ -19,7 +19,7 @@ if (ROOT / "benchmarks").exists():
         sys.path.insert(0, str(ROOT))
     from benchmarks.synthetic import mixtures, problems, routing
     from benchmarks.synthetic.page import section
-    from benchmarks.synthetic.run import claims, observations, summary
+    from benchmarks.synthetic.run import claims, content_of
 
 
 def small(num_domains, seed=0):
@@ -83,9 +83,11 @@ def test_oracle_against_scipy(num_domains, excess):
         jac=lambda point: np.eye(len(point))[-1],
         constraints={"type": "ineq", "fun": slack, "jac": slack_slope},
         method="SLSQP",
-        options={"ftol": 1e-12, "maxiter": 500},
+        options={"ftol": 1e-11, "maxiter": 500},
     )
-    assert solved.success
+    # Rounding may stop it before its own test does; a feasible point of the same value is enough.
+    assert solved.status in (0, 8)
+    assert slack(solved.x).min() > -1e-8
     assert found.value == pytest.approx(solved.fun, abs=2e-6)
     np.testing.assert_allclose(found.predictor, solved.x[:-1], atol=2e-3)
     assert found.gap <= 1e-6
@@ -166,14 +168,7 @@ def toy():
     torch.manual_seed(0)
     rows = mixtures.measure(4, 0, samples=2_560)
     rows += routing.measure(4, 0, steps=3, num_tokens=32, rounds=1)
-    tested = summary(rows)
-    return {
-        "claims": claims(rows, tested),
-        "observations": observations(tested),
-        "setting": {"samples": 2_560, "steps": 3, "tokens": 32},
-        "summary": tested,
-        "runs": rows,
-    }
+    return content_of(rows, {"samples": 2_560, "steps": 3, "tokens": 32})
 
 
 def test_the_page_reads_a_result_as_it_is_written(toy):
