@@ -84,7 +84,8 @@ def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
         "",
         "As many experts as clusters, each cluster with an expert of its own that the layer must "
         "find; common clusters occur more often than rare ones. All methods spend two experts a "
-        f"token; {setting['steps']} steps of {setting['tokens']} tokens, "
+        "token in training; evaluation has every cluster equally often, at frozen prices, so that "
+        f"its spend, shown with the losses, may be another. {setting['steps']} steps of {setting['tokens']} tokens, "
         f"{_seeds(rows, 'experts')}. Information is normalised mutual information of cluster and "
         "first expert above chance; matched is the share of tokens at the expert of their "
         "cluster. A loss of 0 is the noise floor, 1 that of an output of 0, by each cluster's own "
@@ -100,8 +101,11 @@ def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
         *_table(
             rows,
             "experts",
-            "Mean loss; worst cluster",
-            lambda row: f"{_cell(row['mean_loss'])}; {row['worst_loss']['mean']:.3f}",
+            "Mean loss; worst cluster; experts a token",
+            lambda row: (
+                f"{_cell(row['mean_loss'])}; {row['worst_loss']['mean']:.3f}; "
+                f"{row['experts_per_token']['mean']:.2f}"
+            ),
         ),
         "",
         f"Seconds a step over those of *{AUXILIARY}*, and routing's share of a step (scores, "

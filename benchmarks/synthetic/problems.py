@@ -52,17 +52,20 @@ class Quadratics(NamedTuple):
     def risks(self, predictor: Tensor) -> Tensor:
         """Returns the mean square error of a linear predictor in every domain, shape ``(G,)``."""
         curved = torch.einsum("i,gij,j->g", predictor, self.matrices, predictor)
-        return curved - 2 * self.slopes @ predictor + self.constants
+        risks: Tensor = curved - 2 * self.slopes @ predictor + self.constants
+        return risks
 
     def best_of_mixture(self, mixture: Tensor) -> Tensor:
         """Returns the minimiser of the mean risk under a mixture, shape ``(n,)``."""
         matrix = torch.einsum("g,gij->ij", mixture, self.matrices)
-        return torch.linalg.solve(matrix, mixture @ self.slopes)
+        best: Tensor = torch.linalg.solve(matrix, mixture @ self.slopes)
+        return best
 
     def floors(self) -> Tensor:
         """Returns the least risk of a linear predictor in each domain alone, shape ``(G,)``."""
         best = torch.linalg.solve(self.matrices, self.slopes)
-        return self.constants - (self.slopes * best).sum(dim=1)
+        floors: Tensor = self.constants - (self.slopes * best).sum(dim=1)
+        return floors
 
 
 class Oracle(NamedTuple):
@@ -137,7 +140,7 @@ def minimax(quadratics: Quadratics, references: Tensor, *, tolerance: float = 1e
         if best is None or gap < best.gap:
             best = Oracle(of_mixture, mixture, float(excess.max()), gap)
         temperature /= 3
-    if best is None or best.gap > tolerance:
+    if best is None or not best.gap <= tolerance:
         raise ArithmeticError(f"the oracle's gap must be at most {tolerance}, got {best}")
     return best
 
@@ -161,7 +164,7 @@ def _at_temperature(
         curvature = curvature + (weights.unsqueeze(1) * spread).T @ spread / temperature
         step = torch.linalg.solve(curvature, slope)
         decrease = float(slope @ step)
-        if decrease < 1e-24:
+        if not decrease >= 1e-24:  # also where a reference is not a number
             break
         start, size = objective(predictor), 1.0
         while size > 1e-6 and objective(predictor - size * step) > start - 0.1 * size * decrease:

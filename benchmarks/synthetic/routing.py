@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -251,11 +252,10 @@ def cost(
     timed: dict[str, Callable[[], Any]] = {}
     for name, layer in layers.items():
         optimizer = torch.optim.Adam(layer.parameters(), lr=0.0)
-        auxiliary = METHODS[name].auxiliary
-        timed[f"{name}: step"] = lambda layer=layer, optimizer=optimizer, auxiliary=auxiliary: (
-            train_step(layer, optimizer, tokens, targets, auxiliary)
+        timed[f"{name}: step"] = partial(
+            train_step, layer, optimizer, tokens, targets, METHODS[name].auxiliary
         )
-        timed[f"{name}: routing"] = lambda layer=layer: _route(layer, tokens)
+        timed[f"{name}: routing"] = partial(_route, layer, tokens)
     seconds = interleaved(timed, rounds=rounds)
     base = seconds[f"{AUXILIARY_LOSS}: step"]["median"]
     found = {}

@@ -6,7 +6,8 @@ the minimax predictor, the mixture that it is optimal for and every regret are e
 descend on as many samples, held-out ones of the bilevel mixture included.
 
 *Routing.* Clusters of tokens, each with a planted expert; a ``MoELayer`` of as many experts learns
-from tokens whose clusters it is not told. All methods spend two experts a token.
+from tokens whose clusters it is not told. All methods spend two experts a token in training; at
+evaluation, where every cluster is as frequent, frozen prices decide, and the spend is recorded.
 
     python -m benchmarks.synthetic.run
 
