@@ -18,7 +18,7 @@ def section(result: dict[str, Any]) -> list[str]:
         HEADING,
         "",
         "`python -m benchmarks.synthetic.run`. Settings are the same at every size and were not "
-        "tuned by method. Numbers are means over seeds, deviations in parentheses.",
+        "tuned by method. Numbers are means over seeds, deviations of several in parentheses.",
     ]
     if mixture:
         lines += _mixture_lines(mixture, setting)
@@ -39,7 +39,7 @@ def _mixture_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
         "excess losses (and those without an adversary), as it is for methods on raw losses. "
         f"{setting['samples']:,} samples for every method; {_seeds(rows, 'domains')}.",
         "",
-        *_table(rows, "domains", "Regret", lambda row: _cell(row[f"regret_{_target(row)}"])),
+        *_table(rows, "domains", "Regret", lambda row: _cell(row, f"regret_{_target(row)}")),
         "",
         "The mixture's own regret, that of the best predictor for the mean shares of the second "
         "half of a run, and its total variation distance to the optimal mixture:",
@@ -49,14 +49,14 @@ def _mixture_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
             "domains",
             "Regret of the mixture; distance",
             lambda row: (
-                f"{row[f'mixture_regret_{_target(row)}']['mean']:.3f}; "
+                f"{_number(row[f'mixture_regret_{_target(row)}']['mean'])}; "
                 f"{row[f'mixture_distance_{_target(row)}']['mean']:.2f}"
             ),
         ),
         "",
         "Seconds a step over those of uniform sampling, held-out work included:",
         "",
-        *_table(rows, "domains", "Cost", lambda row: _cell(row["ratio_to_uniform"], digits=2)),
+        *_table(rows, "domains", "Cost", lambda row: _cell(row, "ratio_to_uniform", digits=2)),
         "",
     ]
     for size in (sizes[0], sizes[-1]):
@@ -71,10 +71,10 @@ def _mixture_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
         plain = next(row for row in chosen if row["method"] == UNIFORM)
         lines.append(
             f"With {size} domains the least excess regret without the oracle is that of "
-            f"*{best['method']}*, {_cell(best['regret_excess'])}; that of {UNIFORM} is "
-            f"{_cell(plain['regret_excess'])}."
+            f"*{best['method']}*, {_cell(best, 'regret_excess')}; that of {UNIFORM} is "
+            f"{_cell(plain, 'regret_excess')}."
         )
-    return lines
+    return [*lines, _growth(rows, "domains", "adversary as sampling (excess)")]
 
 
 def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
@@ -85,7 +85,8 @@ def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
         "As many experts as clusters, each cluster with an expert of its own that the layer must "
         "find; common clusters occur more often than rare ones. All methods spend two experts a "
         "token in training; evaluation has every cluster equally often, at frozen prices, so that "
-        f"its spend, shown with the losses, may be another. {setting['steps']} steps of {setting['tokens']} tokens, "
+        "its spend, shown with the losses, may be another. "
+        f"{setting['steps']} steps of {setting['tokens']} tokens, "
         f"{_seeds(rows, 'experts')}. Information is normalised mutual information of cluster and "
         "first expert above chance; matched is the share of tokens at the expert of their "
         "cluster. A loss of 0 is the noise floor, 1 that of an output of 0, by each cluster's own "
@@ -95,7 +96,7 @@ def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
             rows,
             "experts",
             "Information; matched",
-            lambda row: f"{_cell(row['information'])}; {row['matched']['mean']:.3f}",
+            lambda row: f"{_cell(row, 'information')}; {row['matched']['mean']:.3f}",
         ),
         "",
         *_table(
@@ -103,7 +104,7 @@ def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
             "experts",
             "Mean loss; worst cluster; experts a token",
             lambda row: (
-                f"{_cell(row['mean_loss'])}; {row['worst_loss']['mean']:.3f}; "
+                f"{_cell(row, 'mean_loss')}; {row['worst_loss']['mean']:.3f}; "
                 f"{row['experts_per_token']['mean']:.2f}"
             ),
         ),
@@ -128,10 +129,20 @@ def _routing_lines(rows: list[Row], setting: dict[str, Any]) -> list[str]:
         least = min(chosen, key=lambda row: row["worst_loss"]["mean"])
         lines.append(
             f"With {size} experts *{found['method']}* recovers most information "
-            f"({_cell(found['information'])}), and *{least['method']}* has the least loss in its "
-            f"worst cluster ({_cell(least['worst_loss'])})."
+            f"({_cell(found, 'information')}), and *{least['method']}* has the least loss in its "
+            f"worst cluster ({_cell(least, 'worst_loss')})."
         )
-    return lines
+    return [*lines, _growth(rows, "experts", "quantile prices, batch budget")]
+
+
+def _growth(rows: list[Row], size: str, method: str) -> str:
+    """Returns a sentence on how the cost of a step grows from the smallest size to the largest."""
+    times = {row[size]: row["seconds_per_step"]["mean"] for row in rows if row["method"] == method}
+    first, last = min(times), max(times)
+    return (
+        f"A step of *{method}* takes {times[last] / times[first]:.1f} times the CPU seconds with "
+        f"{last} {size} that it takes with {first}, measured at different times of one run."
+    )
 
 
 def _target(row: Row) -> str:
@@ -158,8 +169,17 @@ def _table(rows: list[Row], size: str, title: str, cell: Any) -> list[str]:
     return lines
 
 
-def _cell(spread: dict[str, float], *, digits: int = 3) -> str:
-    return f"{spread['mean']:.{digits}f} ({spread['deviation']:.{digits}f})"
+def _cell(row: Row, field: str, *, digits: int = 3) -> str:
+    """Returns the mean and, of several seeds, the deviation."""
+    mean = _number(row[field]["mean"], digits)
+    if row["seeds"] == 1:
+        return mean
+    return f"{mean} ({row[field]['deviation']:.{digits}f})"
+
+
+def _number(value: float, digits: int = 3) -> str:
+    """Returns a rounded number, without the sign of one that rounds to 0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def _verdicts(result: dict[str, Any]) -> list[str]:
