@@ -150,6 +150,23 @@ def test_data_cleaning(run_script):
             assert methods[name]["gradients"] >= cleaned["gradients"]
 
 
+def test_synthetic(run_script):
+    result = run_script(
+        "benchmarks.synthetic.run",
+        *("--domains", "4", "--seeds", "1", "--samples", "9000", "--experts", "4"),
+        *("--routing-seeds", "1", "--steps", "12", "--tokens", "64", "--rounds", "1"),
+    )
+    assert all(kept for claim, kept in result["claims"].items() if "ends within" not in claim)
+    mixture = [row for row in result["runs"] if row["part"] == "mixture"]
+    assert all(9000 - 300 < row["samples"] <= 9000 + 300 for row in mixture)
+    for row in result["runs"]:
+        if row["part"] == "routing":
+            assert 0 < row["purity"] <= 1
+            assert row["matched"] <= row["purity"] + 1e-12
+            assert row["worst_loss"] >= row["mean_loss"]
+    assert len(result["summary"]) == len(result["runs"])
+
+
 def test_subspace(run_script):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install '.[dev]'")
     result = run_script(
