@@ -276,6 +276,7 @@ def test_skew(run_script):
         assert -1 <= row["min_violation"]["mean"] <= 0
     assert result["cost"]["ratio_to_none"]["none"] == 1
     assert {row["status"] for row in result["known"]["transport"]} <= {"CONVERGED", "MAX_STEPS"}
+    assert set(result["reasons"]) == {name for name, kept in result["claims"].items() if not kept}
     assert all(isinstance(kept, bool) for kept in result["claims"].values())
 
 
