@@ -171,4 +171,5 @@ def _entry_prices(
     laplacian = torch.diag(weights.sum(dim=0)) - weights.T @ (weights / totals)
     pull = (weights * (entries - means)).sum(dim=0)
     system = sum_over_processes(torch.cat([laplacian, pull.unsqueeze(1)], dim=1), group)
-    return torch.linalg.pinv(system[:, :-1], hermitian=True) @ system[:, -1]
+    inverse: Tensor = torch.linalg.pinv(system[:, :-1], hermitian=True)
+    return inverse @ system[:, -1]

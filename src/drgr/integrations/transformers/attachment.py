@@ -45,6 +45,7 @@ class Attachment:
         model: nn.Module,
         layers: tuple[AttachedLayer, ...],
         link_gates: LinkGates | None = None,
+        implementation: str = IMPLEMENTATION,
     ) -> None:
         self.model = model
         self.link_gates = link_gates
@@ -69,7 +70,7 @@ class Attachment:
             self._handles.append(layer.site.experts.register_forward_hook(tap))
         config = layers[0].site.experts.config
         self._previous_implementation = config._experts_implementation
-        config._experts_implementation = IMPLEMENTATION
+        config._experts_implementation = implementation
 
     @property
     def layer_names(self) -> tuple[str, ...]:
