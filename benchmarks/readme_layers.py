@@ -31,20 +31,26 @@ def moe_layer_lines(result: dict[str, Any], source: str) -> list[str]:
 def routing_cost_lines(result: dict[str, Any], source: str) -> list[str]:
     """Describes the share of routing in a layer's step."""
     size, rows = result["size"], result["rows"]
-    labels = list(dict.fromkeys(row["budget"] for row in rows))
-    share = {(row["controller"], row["budget"]): row["share"]["median"] for row in rows}
+    over = result["over_limit"]
+    columns = list(dict.fromkeys(row["budget"] for row in rows))
+    share = {
+        (row["kind"], row["label"], row["budget"]): f"{row['share']['median']:.1%}" for row in rows
+    }
     lines = [
-        f"Router, prices, selection and update of the controller as a share of a training step of "
-        f"`MoELayer` (T = {size['tokens']:,}, E = {size['experts']}, D = {size['width']}, inner "
-        f"width {size['expert_width']}), one thread, median of {size['rounds']} rounds, by the "
-        f"experts of a token ([result.json]({source}), `python -m benchmarks.routing_cost.run`):",
+        f"Router, prices, selection and their updates as a share of a training step of `MoELayer` "
+        f"(T = {size['tokens']:,}, E = {size['experts']}, D = {size['width']}, inner width "
+        f"{size['expert_width']}), one thread, median of {size['rounds']} rounds, by the experts "
+        f"of a token; a score, controller or selection in place of softmax, no prices and a budget "
+        f"({'none is' if not over else ', '.join(over) + (' are' if len(over) > 1 else ' is')} "
+        f"over {result['limit']:.0%}; [result.json]({source}), "
+        f"`python -m benchmarks.routing_cost.run`):",
         "",
-        f"| controller | {' | '.join(labels)} |",
-        f"| --- {'| --: ' * len(labels)}|",
+        f"| part | method | {' | '.join(columns)} |",
+        f"| --- | --- | {' | '.join('--:' for _ in columns)} |",
     ]
-    for controller in dict.fromkeys(row["controller"] for row in rows):
-        shares = " | ".join(f"{share[controller, label]:.1%}" for label in labels)
-        lines.append(f"| {controller} | {shares} |")
+    for kind, label in dict.fromkeys((row["kind"], row["label"]) for row in rows):
+        shares = " | ".join(share.get((kind, label, column), "") for column in columns)
+        lines.append(f"| {kind} | {label} | {shares} |")
     return lines
 
 

@@ -223,6 +223,21 @@ class _Synthetic:
                     "load_percentiles": {"50": 1.0},
                     "routing_entropy": 0.75 - 0.01 * index,
                     "router_similarity": 0.02 * index - 0.01,
+                    "congestion_coefficient": {
+                        "estimate": 3.25 + index,
+                        "lower": 2.0 + index,
+                        "upper": 5.5 + index,
+                    },
+                    "congestion_track": {
+                        "first_kink": 100.0,
+                        "second_kink": 200.0,
+                        "slopes": [0.1, 0.01, -0.02],
+                        "error": 0.1,
+                        "straight_error": 0.5,
+                        "peak_step": 200.0,
+                        "peak": 9.0,
+                        "three_phases": index == 0,
+                    },
                     "congestion": 1.25 + index,
                     "domain_traffic": {
                         name: [1e-4 * count for count in self.loads(index + position, 900, 0.7)]

@@ -98,7 +98,7 @@ def test_totals_and_layers_equal_the_evaluation(finished):
     assert values["Budget rule"][1] == "1 to 4 experts per token, 2 on average"
     assert values["Exchange a step, forward"][1] == "6.29 MB"
     _, *rows = page.rows("layers")
-    assert [tuple(cell_value(cell) for cell in row[1:]) for row in rows] == [
+    assert [tuple(cell_value(cell) for cell in row[1:-1]) for row in rows] == [
         (
             layer["max_violation"],
             layer["min_violation"],
@@ -107,9 +107,12 @@ def test_totals_and_layers_equal_the_evaluation(finished):
             layer["routing_entropy"],
             layer["router_similarity"],
             layer["congestion"],
+            layer["congestion_coefficient"]["estimate"],
         )
         for layer in written["layers"]
     ]
+    assert rows[0][-2][1] == "3.2 (2.0 to 5.5)"
+    assert [row[-1][1] for row in rows] == ["100, 200"] + ["none"] * (len(rows) - 1)
 
 
 def test_routing_losses_are_those_of_the_first_and_the_last_window(finished):

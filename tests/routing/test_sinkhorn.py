@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from drgr.numerics import Status
-from drgr.routing import SinkhornPrices, max_violation
+from drgr.routing import SinkhornPrices, max_violation, min_violation
 
 
 def updated(record, num_experts, **settings):
@@ -59,11 +59,28 @@ def test_prices_of_log_scores_are_the_fit_of_entry_scores(route):
     worths = scores.double().log().numpy() - duals
     thresholds = np.sort(worths, axis=1)[:, -3]
     entry = np.exp(thresholds[:, None] + duals)
-    # Least squares of token and expert effects, as a regression on indicator columns.
+    # Weighted least squares of token and expert effects, as a regression on indicator columns.
     design = np.hstack([np.kron(np.eye(60), np.ones((5, 1))), np.kron(np.ones((60, 1)), np.eye(5))])
-    effects = np.linalg.lstsq(design, entry.ravel(), rcond=None)[0][60:]
+    distance = np.log(scores.double().numpy() / entry).ravel()
+    root = np.sqrt(1 / (1 + (distance / 0.1) ** 2))
+    effects = np.linalg.lstsq(design * root[:, None], entry.ravel() * root, rcond=None)[0][60:]
     expected = torch.from_numpy(effects - effects.mean()).float()
     torch.testing.assert_close(controller.prices, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_prices_of_log_scores_keep_the_balance_of_their_plan(route):
+    """One hot expert of sixteen: fitted to tokens far from it as well, its price left it dead."""
+    logits = torch.randn(2048, 16) + 3.0 * (torch.arange(16) == 0)
+    scores = logits.softmax(dim=1)
+    controller = updated(
+        route(scores, budget=2), 16, cost="log-scores", regularization=0.5, max_iterations=500
+    )
+    duals = controller.transport.expert_prices.float()
+    plan = route(logits, budget=2, prices=duals).plan.expert_load
+    priced = route(scores, budget=2, prices=controller.prices).plan.expert_load
+    assert min_violation(plan) > -0.2
+    assert min_violation(priced) > -0.2
+    assert max_violation(priced) < 0.3
 
 
 def violation_after_one_update(route, scores, top_k, **settings):

@@ -26,6 +26,7 @@ EVALUATED = LAYER | {
     "load_percentiles": dict.fromkeys(("5", "25", "50", "75", "95"), NUMBER),
     "routing_entropy": NUMBER,
     "router_similarity": NUMBER,
+    "congestion_coefficient": dict.fromkeys(("estimate", "lower", "upper"), "number or null"),
 }
 OPEN = {"open_links": "number or null"}
 BY_DOMAIN, COUNTS_BY_DOMAIN = {"*": NUMBER}, {"*": COUNT}
@@ -127,6 +128,7 @@ EVALUATION = {
             "training_budget": COUNT,
             "training_spend": COUNT,
             "congestion": NUMBER,
+            "congestion_track": "track or null",
             "domain_traffic": {"*": [NUMBER]},
         }
     ],
@@ -156,7 +158,22 @@ def is_number(value: Any) -> bool:
     return is_plain and math.isfinite(value)
 
 
+TRACK = {
+    **dict.fromkeys(("first_kink", "second_kink", "error", "straight_error"), NUMBER),
+    **dict.fromkeys(("peak_step", "peak"), NUMBER),
+    "slopes": [NUMBER],
+    "three_phases": FLAG,
+}
+
+
+def is_track_or_null(value: Any) -> bool:
+    if value is not None:
+        check(value, TRACK, set())
+    return True
+
+
 FITS = {
+    "track or null": is_track_or_null,
     TEXT: lambda value: isinstance(value, str) and value,
     FLAG: lambda value: isinstance(value, bool),
     COUNT: lambda value: is_number(value) and isinstance(value, int) and value >= 0,

@@ -88,8 +88,3 @@ def test_learned_noise_costs_what_a_router_does(runs: ModuleType, corpus: Corpus
         for kind in ("softmax", "noisy")
     )
     assert noisy - plain == 2 * (2 * 32 * 8)  # two layers, width 32, 8 experts
-
-
-def test_reinforce_is_not_a_setting(runs: ModuleType):
-    with pytest.raises(ConfigError, match=r"routing\.scores"):
-        runs.small_config(routing__scores={"kind": "stochastic", "estimator": "reinforce"})

@@ -147,7 +147,8 @@ def methods_table(methods: Sequence[Method]) -> Table:
     for header in ("source", "status", "what it does"):
         table.add_column(header)
     for method in methods:
-        table.add_row(method.name, method.kind, method.source, method.status, method.summary)
+        status = method.status + ("" if method.slow is None else f"; slow: {method.slow}")
+        table.add_row(method.name, method.kind, method.source, status, method.summary)
     return table
 
 

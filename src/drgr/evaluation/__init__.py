@@ -1,12 +1,14 @@
 """How good a model is on each domain, and what each domain receives.
 
-Reading order: ``domains`` (measure), ``records`` (write down). The whole protocol: ``subject``
+Reading order: ``domains`` (measure), ``congestion`` (how full experts repel), ``records`` (write
+down). The whole protocol: ``subject``
 (what is evaluated), ``token_pass`` (one pass over a split), ``robustness``, ``fairness`` and
 ``compute`` (what is made of it), ``reference`` (another evaluation), ``protocol`` (all of it
 together), ``protocol_record`` (write down).
 """
 
 from drgr.evaluation.compute import FlopCounts, Latency, PeakMemory
+from drgr.evaluation.congestion import RoutingSamples, track_record
 from drgr.evaluation.domains import DomainScores, evaluate_domains, token_losses
 from drgr.evaluation.fairness import frequency_groups, gini
 from drgr.evaluation.protocol import ComputeScores, ProtocolSettings, check_subject, measure
@@ -43,6 +45,7 @@ __all__ = [
     "PlainModel",
     "ProtocolSettings",
     "Reference",
+    "RoutingSamples",
     "Subject",
     "TokenScores",
     "average_mixture",
@@ -63,5 +66,6 @@ __all__ = [
     "standard_error",
     "tail_mean",
     "token_losses",
+    "track_record",
     "validation_record",
 ]

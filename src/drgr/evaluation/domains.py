@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from drgr.collectives import rank, sum_over_processes, world_size
 from drgr.data import Batch, Corpus, evaluation_batches
+from drgr.evaluation.congestion import RoutingSamples
 from drgr.integrations.transformers import Attachment
 from drgr.routing import router_similarity, tsallis_entropy
 from drgr.routing.tokens import expert_probabilities
@@ -38,6 +39,7 @@ class DomainScores:
         router_similarity: Mean cosine of two router rows by layer, shape ``(L,)``, float64.
         bytes_per_token: UTF-8 bytes per token of each domain's split, shape ``(G,)``, float64.
         limit: Assignments that the budget allows for these tokens, over all layers.
+        samples: Loads and probabilities by batch of windows, for the congestion coefficient.
     """
 
     domains: tuple[str, ...]
@@ -49,6 +51,7 @@ class DomainScores:
     router_similarity: Tensor
     bytes_per_token: Tensor
     limit: int
+    samples: RoutingSamples
 
     @property
     def losses(self) -> Tensor:
@@ -129,10 +132,10 @@ def evaluate_domains(
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            for index, _, batch in own_batches(
+            for index, first, batch in own_batches(
                 corpus, split, max_windows, shape=(batch_size, sequence_length), group=group
             ):
-                totals.add(model, index, batch)
+                totals.add(model, index, first, batch)
     finally:
         model.train(was_training)
     return totals.summed(corpus, split, group)
@@ -187,9 +190,12 @@ class _Totals:
         self._load = torch.zeros(shape, dtype=torch.int64, device=device)
         self._entropy_sums = torch.zeros(shape[:2], dtype=torch.float64, device=device)
         self._limit = torch.zeros((), dtype=torch.int64, device=device)
+        self._samples = RoutingSamples.zeros(
+            num_layers=shape[0], num_experts=num_experts, device=device
+        )
 
-    def add(self, model: nn.Module, domain: int, batch: Batch) -> None:
-        """Adds one batch of a single domain."""
+    def add(self, model: nn.Module, domain: int, first: int, batch: Batch) -> None:
+        """Adds one batch of a single domain, whose first window has the number ``first``."""
         known = self._attachment.from_source(domain) if self._knows_sources else nullcontext()
         with known, self._attachment.record() as records:
             output: Any = model(input_ids=batch.input_ids.to(self._device), use_cache=False)
@@ -200,6 +206,13 @@ class _Totals:
             self._load[layer, domain] += routing.plan.expert_load
             self._entropy_sums[layer, domain] += entropy_sum(routing.scores)
             self._limit += routing.selection.limit
+            self._samples.add(
+                layer,
+                (first, len(batch.labels)),
+                expert_ids=routing.plan.expert_ids,
+                keep=routing.plan.keep,
+                scores=routing.scores,
+            )
 
     def summed(self, corpus: Corpus, split: str, group: ProcessGroup | None) -> DomainScores:
         """Returns the sums over all processes, on the CPU."""
@@ -216,4 +229,5 @@ class _Totals:
             ),
             bytes_per_token=torch.tensor(ratios, dtype=torch.float64),
             limit=int(sum_over_processes(self._limit, group)),
+            samples=self._samples.summed(group),
         )

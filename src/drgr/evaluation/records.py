@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from drgr.errors import ConfigError
+from drgr.evaluation.congestion import congestion_record
 from drgr.evaluation.domains import DomainScores
 from drgr.routing import (
     dead_experts,
@@ -78,6 +79,7 @@ def evaluated_layers(scores: DomainScores) -> list[Json]:
                 },
                 "routing_entropy": float(scores.routing_entropy[number]),
                 "router_similarity": float(scores.router_similarity[number]),
+                "congestion_coefficient": congestion_record(scores.samples, number),
             }
         )
     return layers
@@ -118,7 +120,8 @@ def evaluation_record(
             ``average_share`` by domain, ``effective_domains``, ``flops``, ``outer_flops``,
             ``seconds``, ``tokens_per_second``, ``budget`` with ``budget``, ``spend`` and
             ``batches_over``, ``exchanged_bytes`` of a step, and for each of the ``layers`` its
-            ``training_budget``, ``training_spend``, ``congestion`` and ``domain_traffic``.
+            ``training_budget``, ``training_spend``, ``congestion``, ``congestion_track`` and
+            ``domain_traffic``.
         unseen: The same evaluation of domains that training had no part of. They are in no other
             number of the record: the mean and the worst are over the domains of training.
     """

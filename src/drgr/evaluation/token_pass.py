@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 from drgr.collectives import rank, sum_over_processes, world_size
 from drgr.data import Batch, Corpus, evaluation_windows
 from drgr.errors import DataError, NonFiniteLossError
+from drgr.evaluation.congestion import RoutingSamples
 from drgr.evaluation.domains import DomainScores, entropy_sum, own_batches, token_losses
 from drgr.evaluation.fairness import frequency_groups
 from drgr.evaluation.subject import LayerUse, Subject
@@ -207,6 +208,9 @@ class _Totals:
         self._expert_counts = zeros(num_domains, sites[0].num_experts + 1)
         self._num_candidates = 0
         self._entropy_sums = zeros(len(sites), num_domains, dtype=exact)
+        self._samples = RoutingSamples.zeros(
+            num_layers=len(sites), num_experts=sites[0].num_experts, device=device
+        )
         self._window_losses = torch.zeros(len(positions), dtype=exact)
         self._token_losses = torch.zeros(positions.shape, dtype=torch.float32)
 
@@ -226,6 +230,13 @@ class _Totals:
         self._token_losses[rows] = losses.float().cpu().gather(1, self._positions[rows])
         for layer, use in enumerate(uses):
             self._add_layer(layer, domain, use)
+            self._samples.add(
+                layer,
+                (first, len(labels)),
+                expert_ids=use.expert_ids,
+                keep=use.keep,
+                scores=use.scores,
+            )
 
     def _add_layer(self, layer: int, domain: int, use: LayerUse) -> None:
         load, counts = self._load[layer, domain], self._expert_counts[domain]
@@ -268,6 +279,7 @@ class _Totals:
                 ),
                 bytes_per_token=torch.tensor(ratios, dtype=torch.float64),
                 limit=int(total(self._limit)) if has_budget else int(load.sum()),
+                samples=self._samples.summed(group),
             ),
             # Every window was filled by one process and is 0 elsewhere: sums are exact.
             window_losses=total(self._window_losses).split(self._windows),

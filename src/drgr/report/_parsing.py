@@ -10,6 +10,7 @@ from drgr.report._records import (
     LayerEvaluation,
     LayerWindow,
     LossWindow,
+    Repulsion,
     TrainRecord,
     ValidationRecord,
 )
@@ -137,10 +138,23 @@ def _layer_evaluation(fields: Fields) -> LayerEvaluation:
         dead_experts=fields.number("dead_experts"),
         routing_entropy=fields.number("routing_entropy"),
         router_similarity=fields.number("router_similarity"),
+        repulsion=_repulsion(
+            fields.child("congestion_coefficient"), fields.child("congestion_track")
+        ),
         load=fields.counts("load"),
         domain_load={name: domain_load.counts(name) for name in domain_load.names()},
         congestion=fields.number("congestion"),
         domain_traffic={name: domain_traffic.counts(name) for name in domain_traffic.names()},
+    )
+
+
+def _repulsion(coefficient: Fields, track: Fields) -> Repulsion:
+    return Repulsion(
+        estimate=coefficient.number("estimate"),
+        lower=coefficient.number("lower"),
+        upper=coefficient.number("upper"),
+        kinks=(track.number("first_kink"), track.number("second_kink")),
+        has_phases=track.flag("three_phases"),
     )
 
 

@@ -127,6 +127,26 @@ class DomainEvaluation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Repulsion:
+    """How strongly full experts repel tokens: the congestion coefficient and its track over a run.
+
+    Attributes:
+        estimate: the coefficient.
+        lower: lower end of its interval of 95 %.
+        upper: upper end.
+        kinks: steps where the second and the third stretch of the track begin, with six evaluations
+            or more.
+        has_phases: whether it rises, then rises slower or falls, then falls; ``None`` if not known.
+    """
+
+    estimate: float | None = None
+    lower: float | None = None
+    upper: float | None = None
+    kinks: tuple[float | None, float | None] = (None, None)
+    has_phases: bool | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerEvaluation:
     """Expert balance of one MoE layer on the held-out split, in all and by domain.
 
@@ -140,6 +160,7 @@ class LayerEvaluation:
     dead_experts: float | None
     routing_entropy: float | None
     router_similarity: float | None
+    repulsion: Repulsion
     load: Counts
     domain_load: Mapping[str, Counts]
     congestion: float | None

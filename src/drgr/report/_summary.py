@@ -3,7 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from drgr.report._records import EvaluationRecord, Numbers, RunRecord, TrainRecord, ValidationRecord
+from drgr.report._records import (
+    EvaluationRecord,
+    Numbers,
+    Repulsion,
+    RunRecord,
+    TrainRecord,
+    ValidationRecord,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +49,7 @@ class BudgetSummary:
 class LayerBalance:
     """How a layer spreads its tokens; ``docs/run-directory.md`` says what each number is.
 
-    Entropy and similarity are measured in evaluations only.
+    Entropy, similarity and repulsion are measured in evaluations only.
     """
 
     name: str
@@ -52,6 +59,7 @@ class LayerBalance:
     dead_experts: float | None
     routing_entropy: float | None
     router_similarity: float | None
+    repulsion: Repulsion
     congestion: float | None
 
 
@@ -168,6 +176,7 @@ def _from_evaluation(evaluation: EvaluationRecord) -> RunSummary:
                 dead_experts=layer.dead_experts,
                 routing_entropy=layer.routing_entropy,
                 router_similarity=layer.router_similarity,
+                repulsion=layer.repulsion,
                 congestion=layer.congestion,
             )
             for layer in evaluation.layers
@@ -253,6 +262,7 @@ def _layers_from_record(train: TrainRecord | None) -> tuple[LayerBalance, ...]:
             dead_experts=layer.dead_experts,
             routing_entropy=None,
             router_similarity=None,
+            repulsion=Repulsion(),
             congestion=layer.congestion,
         )
         for layer in train.layers

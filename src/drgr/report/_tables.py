@@ -16,7 +16,7 @@ from drgr.report._html import (
     tag,
     text,
 )
-from drgr.report._records import LossWindow, RunRecord
+from drgr.report._records import LossWindow, Repulsion, RunRecord
 from drgr.report._style import SeriesStyle, layer_labels
 from drgr.report._summary import (
     BudgetSummary,
@@ -119,7 +119,8 @@ def totals(summary: RunSummary) -> Html:
 
 def layer_table(summary: RunSummary) -> Html:
     """Builds the table of expert balance by layer."""
-    heads = ("Layer", "MaxVio", "MinVio", "AvgVio", "Dead", "Entropy", "Similarity", "Congestion")
+    heads = ["Layer", "MaxVio", "MinVio", "AvgVio", "Dead", "Entropy", "Similarity", "Congestion"]
+    heads += ["Repulsion", "Phases"]
     head = tag("tr", *(tag("th", text(name), attributes={"scope": "col"}) for name in heads))
     labels = layer_labels([layer.name for layer in summary.layers])
     rows = [
@@ -133,6 +134,8 @@ def layer_table(summary: RunSummary) -> Html:
             number_cell(layer.routing_entropy, number(layer.routing_entropy, 3)),
             number_cell(layer.router_similarity, number(layer.router_similarity, 3)),
             number_cell(layer.congestion, number(layer.congestion, 2)),
+            number_cell(layer.repulsion.estimate, _interval(layer.repulsion)),
+            tag("td", text(_phases(layer.repulsion)), attributes={"class": "number"}),
         )
         for layer in summary.layers
     ]
@@ -140,13 +143,29 @@ def layer_table(summary: RunSummary) -> Html:
         "caption",
         text(
             "Expert balance: 0 is even, MinVio of -1 is an unused expert. Entropy: 0 is decided, "
-            "1 is flat. Similarity: mean cosine of router rows"
+            "1 is flat. Similarity: mean cosine of router rows. Repulsion: effective congestion "
+            "coefficient with its interval of 95 %; phases: the steps between its rise, stay and "
+            "fall over validations, if there are such"
         ),
     )
     table = tag(
         "table", caption, tag("thead", head), tag("tbody", *rows), attributes={"class": "layers"}
     )
     return styled("div", "scroll tall", table)
+
+
+def _interval(repulsion: Repulsion) -> str:
+    shown = number(repulsion.estimate, 1)
+    if repulsion.lower is None or repulsion.upper is None:
+        return shown
+    return f"{shown} ({number(repulsion.lower, 1)} to {number(repulsion.upper, 1)})"
+
+
+def _phases(repulsion: Repulsion) -> str:
+    if repulsion.has_phases is None:
+        return MISSING
+    first, second = (number(kink) for kink in repulsion.kinks)
+    return f"{first}, {second}" if repulsion.has_phases else "none"
 
 
 def loss_table(losses: Mapping[str, tuple[LossWindow, LossWindow]]) -> Html:

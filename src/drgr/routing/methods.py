@@ -35,6 +35,8 @@ class Method:
         implementation: The class, or the function of a loss.
         source: Where it was published.
         status: What of it is published and what was derived here.
+        slow: Why routing by it takes more than a tenth of the time of a layer's forward and
+            backward pass, as ``benchmarks/routing_cost`` measures it; ``None`` where it does not.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Method:
     implementation: Callable[..., Any]
     source: str
     status: str
+    slow: str | None = None
 
     @property
     def summary(self) -> str:
@@ -56,8 +59,17 @@ def _method(
     implementation: Callable[..., Any],
     source: str,
     status: str = "published",
+    *,
+    slow: str | None = None,
 ) -> Method:
-    return Method(name=name, kind=kind, implementation=implementation, source=source, status=status)
+    return Method(
+        name=name,
+        kind=kind,
+        implementation=implementation,
+        source=source,
+        status=status,
+        slow=slow,
+    )
 
 
 _score = partial(_method, "score")
@@ -119,7 +131,13 @@ PRICES = (
         "after arXiv 2502.15451",
         "derived: equalities, so no clip; exact over processes",
     ),
-    _price("bip", BipBalancing, "arXiv 2502.15451", "published; here prices serve the next step"),
+    _price(
+        "bip",
+        BipBalancing,
+        "arXiv 2502.15451",
+        "published; here prices serve the next step",
+        slow="eight passes over all scores in each step",
+    ),
     _price(
         "sinkhorn",
         SinkhornPrices,

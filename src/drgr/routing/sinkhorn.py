@@ -19,6 +19,9 @@ from drgr.routing.transport import Transport, entropic_transport
 SinkhornCost = Literal["scores", "log-scores"]
 """What is transported; see :class:`SinkhornPrices`."""
 
+_MARGIN = 0.1
+"""Relative distance of a score from where a token would take its expert that halves its weight."""
+
 
 @final
 class SinkhornPrices:
@@ -40,8 +43,9 @@ class SinkhornPrices:
       which the transport ignores: the linear cost. Token ``t`` would take expert ``e`` from the
       score :math:`\theta_{te} = e^{a_t + \beta_e}` on, where ``a_t`` is its best worth not taken.
       The price in score units is the least-squares fit of a token's plus an expert's number to
-      ``theta``, the mean of ``theta`` over tokens (derived here; not exact, as one price serves
-      tokens of every confidence).
+      ``theta``, weighted by :math:`1 / (1 + (\log (s_{te} / \theta_{te}) / 0.1)^2)`: it is to be
+      right where a token is nearly indifferent, elsewhere the choice does not depend on it. Derived
+      here; not exact, as one price serves tokens of every confidence.
 
     Published routes a batch by its own plan. Here its prices serve the next step, so that no route
     depends on later tokens, and combine weights stay the router's own. Targets other than equal
@@ -125,7 +129,7 @@ class SinkhornPrices:
         self._duals = self._transport.expert_prices
         prices = self._duals
         if self._cost == "log-scores":
-            prices = _entry_scores(worths, self._duals, batch, group)
+            prices = _entry_prices(worths, self._duals, batch, group)
         self._prices = (prices - prices.mean()).to(self._prices.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -147,15 +151,25 @@ def _log_scores(scores: Tensor) -> Tensor:
     return torch.where(torch.isneginf(scores), scores, scores.clamp_min(smallest).log())
 
 
-def _entry_scores(
+def _entry_prices(
     worths: Tensor, duals: Tensor, batch: ScoreBatch, group: ProcessGroup | None
 ) -> Tensor:
-    """Returns the score from which the mean token would take each expert, ``(E,)``, float64.
+    """Returns the experts' part of the scores from which tokens take them, ``(E,)``, float64.
 
-    A token that takes all it may has no threshold and no say.
+    Tokens' parts are eliminated from the weighted least squares, which leaves the Laplacian of a
+    graph of experts; its smallest solution has mean zero. A token that takes all it may has no
+    threshold and no say.
     """
-    thresholds = marginal_values(worths.double() - duals, batch.expert_counts)
+    values = worths.double() - duals
+    thresholds = marginal_values(values, batch.expert_counts)
     has_one = torch.isfinite(thresholds)
-    sums = torch.stack([thresholds[has_one].exp().sum(), has_one.sum().double()])
-    total, count = sum_over_processes(sums, group).unbind()
-    return duals.exp() * total / count.clamp_min(1)
+    values, thresholds = values[has_one], thresholds[has_one].unsqueeze(1)
+    entries = (thresholds + duals).exp()
+    weights = 1 / (1 + ((values - thresholds) / _MARGIN).square())
+    totals = weights.sum(dim=1, keepdim=True)
+    means = (weights * entries).sum(dim=1, keepdim=True) / totals
+    laplacian = torch.diag(weights.sum(dim=0)) - weights.T @ (weights / totals)
+    pull = (weights * (entries - means)).sum(dim=0)
+    system = sum_over_processes(torch.cat([laplacian, pull.unsqueeze(1)], dim=1), group)
+    inverse: Tensor = torch.linalg.pinv(system[:, :-1], hermitian=True)
+    return inverse @ system[:, -1]

@@ -17,16 +17,18 @@ from drgr.evaluation import (
     measure,
     protocol_record,
     read_reference,
+    track_record,
 )
 from drgr.training.loop_state import LoopState, by_name
-from drgr.training.metrics import Record, congested
+from drgr.training.metrics import Record, congested, read_validations
 from drgr.training.run_directory import RunDirectory, write_json
 from drgr.training.setup import RunObjects
 
 
 def finish(run: RunObjects, state: LoopState, directory: RunDirectory) -> Record:
     """Evaluates on the test split and writes the result and the model."""
-    record = _evaluate(run, state, split="test", max_windows=run.config.training.test_windows)
+    test_windows = run.config.training.test_windows
+    record = _evaluate(run, state, directory, split="test", max_windows=test_windows)
     if rank() == 0:
         write_json(directory.evaluation, record)
         _save_model(run, directory)
@@ -52,7 +54,7 @@ def evaluate_run(
         NonFiniteLossError: If the model's loss on a domain is not finite.
     """
     state = _loaded(run, directory)
-    return _evaluate(run, state, split=split, max_windows=max_windows)
+    return _evaluate(run, state, directory, split=split, max_windows=max_windows)
 
 
 def evaluate_protocol(
@@ -91,7 +93,7 @@ def evaluate_protocol(
         other = read_reference(reference, split=settings.split, domains=read.domains)
     state = _loaded(run, directory)
     scores, compute = measure(subject, read, settings, group=run.group)
-    trained = _training_summary(run, state) if is_own else None
+    trained = _training_summary(run, state, directory) if is_own else None
     protocol = protocol_record(
         scores,
         compute,
@@ -111,7 +113,7 @@ def evaluate_protocol(
         max_windows=settings.max_windows,
         shape=(settings.batch_size, settings.sequence_length),
     )
-    return _record(run, state, scores.domains, unseen, split=settings.split), protocol
+    return _record(run, state, directory, (scores.domains, unseen), split=settings.split), protocol
 
 
 def _loaded(run: RunObjects, directory: RunDirectory) -> LoopState:
@@ -123,11 +125,18 @@ def _loaded(run: RunObjects, directory: RunDirectory) -> LoopState:
     return state
 
 
-def _evaluate(run: RunObjects, state: LoopState, *, split: str, max_windows: int | None) -> Record:
+def _evaluate(
+    run: RunObjects,
+    state: LoopState,
+    directory: RunDirectory,
+    *,
+    split: str,
+    max_windows: int | None,
+) -> Record:
     shape = (run.settings.batch_size, run.settings.sequence_length)
     scores = _scores(run, state, run.corpus, split=split, max_windows=max_windows, shape=shape)
     unseen = _unseen(run, state, split=split, max_windows=max_windows, shape=shape)
-    return _record(run, state, scores, unseen, split=split)
+    return _record(run, state, directory, (scores, unseen), split=split)
 
 
 def _unseen(
@@ -174,17 +183,19 @@ def _scores(
 def _record(
     run: RunObjects,
     state: LoopState,
-    scores: DomainScores,
-    unseen: DomainScores | None,
+    directory: RunDirectory,
+    found: tuple[DomainScores, DomainScores | None],
     *,
     split: str,
 ) -> Record:
+    """Returns the record of what was found on the domains of training and on unseen ones."""
+    scores, unseen = found
     return evaluation_record(
         scores,
         split=split,
         step=state.step,
         bounds=run.bounds,
-        training=_training_summary(run, state),
+        training=_training_summary(run, state, directory),
         unseen=unseen,
     )
 
@@ -199,7 +210,22 @@ def _save_model(run: RunObjects, directory: RunDirectory) -> None:
     run.attachment.save(directory.model)
 
 
-def _training_summary(run: RunObjects, state: LoopState) -> Record:
+def _tracks(run: RunObjects, state: LoopState, directory: RunDirectory) -> list[Record | None]:
+    """Returns the track of each layer's congestion coefficient over the validations so far."""
+    validations = read_validations(directory.metrics, last_step=state.step)
+    steps = [record["step"] for record in validations]
+
+    def estimates(layer: int) -> list[float | None]:
+        # A run that an earlier version began has records without it.
+        found = (record["layers"][layer].get("congestion_coefficient") for record in validations)
+        return [None if one is None else one["estimate"] for one in found]
+
+    return [
+        track_record(steps, estimates(layer)) for layer in range(len(run.attachment.layer_names))
+    ]
+
+
+def _training_summary(run: RunObjects, state: LoopState, directory: RunDirectory) -> Record:
     domains = run.corpus.domains
     weights = run.adversary.weights
     return {
@@ -227,10 +253,15 @@ def _training_summary(run: RunObjects, state: LoopState) -> Record:
                 "training_budget": int(limit),
                 "training_spend": int(spend),
                 "congestion": congested(traffic, None),
+                "congestion_track": track,
                 "domain_traffic": dict(zip(domains, traffic.tolist(), strict=True)),
             }
-            for limit, spend, traffic in zip(
-                state.total.limit, state.total.spend, state.total.traffic / state.step, strict=True
+            for limit, spend, traffic, track in zip(
+                state.total.limit,
+                state.total.spend,
+                state.total.traffic / state.step,
+                _tracks(run, state, directory),
+                strict=True,
             )
         ],
     }

@@ -158,6 +158,12 @@ def training_record(
     }
 
 
+def read_validations(path: Path, *, last_step: int) -> list[Record]:
+    """Reads the validation records of a metrics file up to a step, which may not exist."""
+    records = [json.loads(line) for line in _whole_lines(path)]
+    return [one for one in records if one["kind"] == "validation" and one["step"] <= last_step]
+
+
 def outer_record(report: OuterReport, *, step: int, domains: Sequence[str]) -> Record:
     """Describes an outer step, made before step ``step``."""
     return {

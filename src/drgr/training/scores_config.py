@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
+from drgr.routing.scores import GateEstimator
 from drgr.training.field_types import STRICT, Count, NotNegative, Positive, Share
 
 
@@ -111,12 +112,12 @@ class StochasticConfig(BaseModel):
     model_config = STRICT
 
     kind: Literal["stochastic"]
-    estimator: Literal["stochastic-times-smooth", "noisy-rectifier", "straight-through"] = (
-        "straight-through"
-    )
-    """REINFORCE is not among them: it needs its surrogate in the training loss, by hand."""
+    estimator: GateEstimator = "straight-through"
+    """With REINFORCE steps add its surrogate of the loss, see :mod:`drgr.training.draw_losses`."""
     deviation: Positive = 1.0
     sigmoid_slope: bool = False
+    decay: Share = 0.99
+    """Share of the old baseline that a step keeps; REINFORCE only."""
 
 
 PlainScoresConfig = (

@@ -33,6 +33,9 @@ from drgr.training.selection_config import (
     TopPConfig,
 )
 
+ROUTED_ALONE = ("open", "top-p", "threshold")
+"""Selections in which no other token of a training batch has a say."""
+
 _OPENING_SCORES = ("norm", "relu-rms", "tsallis-hybrid", "stochastic")
 
 

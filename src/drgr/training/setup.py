@@ -37,7 +37,7 @@ from drgr.training.losses_setup import build_losses
 from drgr.training.outer_loop import OuterLoop
 from drgr.training.outer_setup import build_outer, check_outer, split_parameters
 from drgr.training.scorer_setup import build_scorer
-from drgr.training.selector_setup import BudgetStage, build_selection
+from drgr.training.selector_setup import ROUTED_ALONE, BudgetStage, build_selection
 from drgr.training.step import StepSettings
 
 
@@ -342,6 +342,7 @@ def _step_settings(
         traffic_coefficient=traffic.coefficient if traffic.measure else None,
         clip_norm=config.training.clip_norm,
         autocast=autocast_dtype(config, device),
+        routed_alone=config.routing.selection.kind in ROUTED_ALONE,
         group=group,
     )
 

@@ -16,6 +16,7 @@ from drgr.evaluation import token_losses
 from drgr.integrations.transformers import Attachment
 from drgr.routing import LayerRouting
 from drgr.training.adversary import DomainWeights, as_array
+from drgr.training.draw_losses import surrogate_loss
 from drgr.training.expert_groups import expert_sums, expert_token_weights
 from drgr.training.routing_losses import RoutingLosses
 from drgr.training.step_totals import LocalSums, StepTotals, is_finite
@@ -35,6 +36,8 @@ class StepSettings:
             ``None`` where traffic is not measured.
         clip_norm: Largest norm of the gradient.
         autocast: Dtype of matrix products, or ``None`` for that of the weights.
+        routed_alone: Whether every token is routed by itself in training; see
+            :mod:`drgr.training.draw_losses`.
         group: Processes of the run.
     """
 
@@ -46,6 +49,7 @@ class StepSettings:
     traffic_coefficient: float | None
     clip_norm: float
     autocast: torch.dtype | None
+    routed_alone: bool
     group: ProcessGroup | None
 
     @property
@@ -73,7 +77,8 @@ def train_step(
     """Takes one optimizer step, unless its loss or gradient is not finite.
 
     The objective is ``(1/N) sum_t w_d(t) l_t`` over the ``N`` tokens of the step in all processes,
-    plus the weighted routing losses. Splitting a batch over processes or micro-batches changes
+    plus the weighted routing losses; scorers that learn from its value add the gradient that they
+    estimate. Splitting a batch over processes or micro-batches changes
     nothing but rounding, save that an exact batch budget holds in each micro-batch.
 
     Args:
@@ -143,7 +148,7 @@ def _micro_batch(
     is_last: bool,
 ) -> None:
     """Adds the gradient of one micro-batch, and its sums."""
-    device = sums.local.device
+    device, group = sums.local.device, settings.group
     if isinstance(forward_model, DistributedDataParallel):
         forward_model.require_backward_grad_sync = is_last
     domain = batch.domain.to(device)
@@ -159,26 +164,25 @@ def _micro_batch(
         num_domains = sums.local.shape[1]
         loss_sums, num_tokens = domain_sums(losses, domain, num_domains)
         tokens_per_step = settings.batch_size * settings.sequence_length
-        weighted = loss_sums
+        weighted, factored = loss_sums, losses
         if expert_weights is not None:
             factors = expert_token_weights(records, expert_weights.to(device))
-            weighted, _ = domain_sums(losses * factors.view_as(losses), domain, num_domains)
+            factored = losses * factors.view_as(losses)
+            weighted, _ = domain_sums(factored, domain, num_domains)
             sums.experts += torch.stack(expert_sums(records, losses, sums.load.shape[1]))
         objective = (weights.objective.to(weighted) * weighted).sum() / tokens_per_step
     _add_records(records, domain, batch.labels.shape[1], sums)
     attachment.observe(records)
     # Outside of autocast: products of losses stay in the precision of their inputs.
     auxiliary, values = settings.losses.of_micro_batch(
-        records,
-        sums.load,
-        attachment,
-        activations=activations,
-        step=step,
-        group=settings.group,
+        records, sums.load, attachment, activations=activations, step=step, group=group
     )
     auxiliary = auxiliary / settings.accumulation
+    shares = weights.objective.to(factored)[domain].unsqueeze(1) / tokens_per_step
+    parts, alone = factored * shares, settings.routed_alone
+    drawn = surrogate_loss(attachment, records, parts, auxiliary, alone=alone, group=group)
     # Data parallelism averages gradients over processes; the objective is a sum over them.
-    (objective * world_size(settings.group) + auxiliary).backward()
+    ((objective + drawn) * world_size(group) + auxiliary).backward()
     sums.traffic += traffic
     sums.local[0] += loss_sums.detach()
     sums.local[1] += num_tokens

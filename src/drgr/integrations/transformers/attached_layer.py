@@ -108,6 +108,16 @@ class AttachedLayer:
         weights = self.rule.weights(scores, plan.expert_ids, plan.keep)
         return _gated(weights, plan.expert_ids, routing.source, routing.gates)
 
+    @property
+    def needs_losses(self) -> bool:
+        """Whether the scorer learns from the value of the loss."""
+        return self.rule.scorer is not None and self.rule.scorer.needs_losses
+
+    def surrogate(self, routing: LayerRouting, losses: Tensor) -> Tensor:
+        """Returns the scorer's surrogate loss, see :meth:`drgr.routing.scores.Scorer.surrogate`."""
+        assert self.rule.scorer is not None
+        return self.rule.scorer.surrogate(routing, losses)
+
     def observe(self, routing: LayerRouting) -> None:
         """Takes in one training micro-batch."""
         self.policy.observe(routing)

@@ -9,6 +9,11 @@ from drgr.integrations.transformers.attached_layer import AttachedLayer
 from drgr.integrations.transformers.attachment import Attachment
 from drgr.integrations.transformers.contract import find_contract
 from drgr.integrations.transformers.experts import IMPLEMENTATION, check_skipping, register
+from drgr.integrations.transformers.grouped_experts import (
+    GROUPED_IMPLEMENTATION,
+    check_grouped,
+    register_grouped,
+)
 from drgr.integrations.transformers.rules import ModelRule, RouterRule, ScorerRule
 from drgr.integrations.transformers.sites import MoeSite, find_sites
 from drgr.routing import (
@@ -31,6 +36,7 @@ def attach(
     controller: ControllerFactory | None = None,
     price_smoothing: float = 0.9,
     link_gates: LinkGates | None = None,
+    grouped: bool = False,
     group: ProcessGroup | None = None,
 ) -> Attachment:
     """Makes every MoE layer of a transformers model route inside a budget.
@@ -51,6 +57,9 @@ def attach(
             ``budget``.
         link_gates: Gates of the links between sources and experts; none by default. Passes then
             say where tokens come from, see :meth:`Attachment.from_source`.
+        grouped: Whether experts run by :func:`drgr.models.grouped_experts`, on the model's own
+            weights: with less memory for what lies between, and second derivatives. For experts
+            gated by a SiLU, without biases (Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3).
         group: Processes that share a training batch, preferably a group of their own, so that these
             small collectives never interleave with those of gradients.
 
@@ -58,19 +67,23 @@ def attach(
         The attachment; :meth:`Attachment.detach` undoes it.
 
     Raises:
-        UnknownRouterError: If the model has no MoE layer or its routing cannot be verified.
+        UnknownRouterError: If the model has no MoE layer, its routing cannot be verified, or its
+            experts are not those that ``grouped`` needs.
         ValueError: If the model is attached to already, not exactly one of ``budget`` and
             ``selector`` is given, a token may select more experts than it may use, or the link
             gates are of other layers or experts.
     """
     select = _selector_factory(budget, selector, price_smoothing)
     register()
+    register_grouped()
     sites = find_sites(model)
     layers = []
     for number, site in enumerate(sites):
-        if site.experts.config._experts_implementation == IMPLEMENTATION:
+        if site.experts.config._experts_implementation in (IMPLEMENTATION, GROUPED_IMPLEMENTATION):
             raise ValueError(f"{type(model).__name__} is attached already; detach it first")
         check_skipping(site.experts, site.name)
+        if grouped:
+            check_grouped(site.experts, site.name)
         place = LayerPlace(
             number=number,
             num_layers=len(sites),
@@ -92,7 +105,8 @@ def attach(
         check_shape("link_gates", link_gates.values, (len(sites), None, sites[0].num_experts))
     for layer in layers:
         layer.rule.install()
-    return Attachment(model, tuple(layers), link_gates)
+    implementation = GROUPED_IMPLEMENTATION if grouped else IMPLEMENTATION
+    return Attachment(model, tuple(layers), link_gates, implementation)
 
 
 def _selector_factory(

@@ -45,6 +45,7 @@ class Attachment:
         model: nn.Module,
         layers: tuple[AttachedLayer, ...],
         link_gates: LinkGates | None = None,
+        implementation: str = IMPLEMENTATION,
     ) -> None:
         self.model = model
         self.link_gates = link_gates
@@ -69,7 +70,7 @@ class Attachment:
             self._handles.append(layer.site.experts.register_forward_hook(tap))
         config = layers[0].site.experts.config
         self._previous_implementation = config._experts_implementation
-        config._experts_implementation = IMPLEMENTATION
+        config._experts_implementation = implementation
 
     @property
     def layer_names(self) -> tuple[str, ...]:
@@ -213,18 +214,32 @@ class Attachment:
         """Routes passes over the same batch as a recorded one; weights follow from new scores."""
         return replayed(self._layers, records)
 
+    @property
+    def needs_losses(self) -> bool:
+        """Whether a scorer learns from the value of the loss, see :meth:`surrogates`."""
+        return any(layer.needs_losses for layer in self._layers)
+
+    def surrogates(self, records: list[LayerRouting], losses: Tensor) -> list[Tensor]:
+        """Returns the surrogate loss of each layer whose scorer has one, to add to the loss.
+
+        Args:
+            records: Those of one training pass of this model.
+            losses: See :meth:`drgr.routing.scores.Scorer.surrogate`.
+
+        Raises:
+            ValueError: If ``records`` are not those of one forward pass of this model.
+        """
+        self._check_records(records)
+        pairs = zip(self._layers, records, strict=True)
+        return [layer.surrogate(routing, losses) for layer, routing in pairs if layer.needs_losses]
+
     def observe(self, records: list[LayerRouting]) -> None:
         """Shows one training micro-batch to every layer's controller and batch price.
 
         Raises:
             ValueError: If ``records`` are not those of one forward pass of this model.
         """
-        if tuple(routing.name for routing in records) != self.layer_names:
-            raise ValueError(
-                f"records must hold one entry for each of the {len(self._layers)} MoE layers in "
-                f"order, got {[routing.name for routing in records]}; record one forward pass at "
-                f"a time"
-            )
+        self._check_records(records)
         for layer, routing in zip(self._layers, records, strict=True):
             layer.observe(routing)
 
@@ -299,6 +314,14 @@ class Attachment:
         for layer in self._layers:
             layer.rule.remove()
         self._layers[0].site.experts.config._experts_implementation = self._previous_implementation
+
+    def _check_records(self, records: list[LayerRouting]) -> None:
+        if tuple(routing.name for routing in records) != self.layer_names:
+            raise ValueError(
+                f"records must hold one entry for each of the {len(self._layers)} MoE layers in "
+                f"order, got {[routing.name for routing in records]}; record one forward pass at "
+                f"a time"
+            )
 
     def _read_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Reads the padding mask of a forward pass, and spreads its source over its tokens."""

@@ -146,7 +146,7 @@ def _grouped_linear(rows: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
     return F.grouped_mm(rows.to(weight.dtype), weight, offs=offsets)
 
 
-def check_skipping(experts: Any, name: str) -> None:
+def check_skipping(experts: Any, name: str, *, implementation: str = IMPLEMENTATION) -> None:
     """Compares skipped candidates with candidates of weight zero, in outputs and all gradients.
 
     The reference is the model's own eager code. The module is left as it was.
@@ -154,6 +154,7 @@ def check_skipping(experts: Any, name: str) -> None:
     Args:
         experts: The experts module of one MoE block.
         name: Its dotted name, for messages.
+        implementation: Name of the registered computation that skips.
 
     Raises:
         UnknownRouterError: If any output or gradient differs beyond rounding.
@@ -171,7 +172,7 @@ def check_skipping(experts: Any, name: str) -> None:
     weights = (weights * keep).requires_grad_()
 
     skipped = expert_ids.masked_fill(~keep, experts.num_experts)
-    ours = _output_and_gradients(experts, IMPLEMENTATION, hidden, skipped, weights)
+    ours = _output_and_gradients(experts, implementation, hidden, skipped, weights)
     reference = _output_and_gradients(experts, "eager", hidden, expert_ids, weights)
     # A skipped candidate sends no gradient to its weight; a zero-weight one does, and the router
     # discards it, so only kept entries are compared.

@@ -47,7 +47,8 @@ class StochasticGates(Scorer):
     What holds of the expected gradient ``E[g]``, against that of ``E[L]``:
 
     - REINFORCE: equal, for any loss and any baseline that does not depend on the draw. It needs the
-      value of the loss alone: :meth:`surrogate` is the loss to add. Nothing else has a gradient.
+      value of the loss alone: :meth:`surrogate` is the loss to add, which ``drgr train`` does by
+      itself. Nothing else has a gradient.
     - Stochastic times smooth: half of it where the loss is linear in the gates, of mean ``s``;
       the other half would go through the probability to be open.
     - Noisy rectifier: equal for any loss that is differentiable in the gates.
@@ -92,6 +93,7 @@ class StochasticGates(Scorer):
         self._deviation = deviation
         self._sigmoid_slope = sigmoid_slope
         self._decay = decay
+        self.needs_losses = estimator == "reinforce"
         if estimator == "reinforce":
             self.register_buffer("loss_moment", torch.zeros(num_experts))
             self.register_buffer("moment", torch.zeros(num_experts))

@@ -47,9 +47,12 @@ class Scorer(nn.Module, ABC):
 
     Attributes:
         observes: Whether :meth:`observe` needs the tokens' vectors; records hold them then.
+        needs_losses: Whether its gradient comes from the value of the loss: :meth:`surrogate` is to
+            be added to the loss of each training pass.
     """
 
     observes = False
+    needs_losses = False
 
     @abstractmethod
     def forward(self, hidden: Tensor, weight: Tensor) -> RouterScores:
@@ -71,6 +74,25 @@ class Scorer(nn.Module, ABC):
             keep: Which of them run, bool, shape ``(T, K)``.
         """
         return normalised_weights(scores, expert_ids, keep)
+
+    def surrogate(self, routing: LayerRouting, losses: Tensor) -> Tensor:
+        """Returns a loss whose gradient estimates that of the loss in expectation over draws.
+
+        Here: an error, as the gradient flows through the combine weights.
+
+        Args:
+            routing: The record of a training pass of this layer.
+            losses: What each token's draws answer for, in units of the loss that is minimised,
+                shape ``(T,)``, or a scalar for all; taken as constants.
+
+        Raises:
+            ValueError: If :attr:`needs_losses` says that there is none.
+        """
+        del routing, losses
+        raise ValueError(
+            f"surrogate needs a scorer that learns from the value of the loss, got "
+            f"{type(self).__name__}; its gradient flows through the combine weights"
+        )
 
     def observe(self, routing: LayerRouting) -> None:
         """Takes in one training micro-batch of this process. Here: nothing."""
