@@ -22,19 +22,31 @@ from benchmarks.results.comparison import (
 )
 from drgr.experiments.statistics import Interval
 
-# What benchmarks/routing_cost timed of a method: its controller, and whether a token's number of
-# experts is fixed.
+# What benchmarks/routing_cost timed of a method: kind and label, and whether a token's number of
+# experts is fixed. Scores were timed without prices, selections with scores of a softmax.
 TIMED = {
-    "softmax, quantile prices, batch budget": ("quantile", False),
-    "no prices": ("none", False),
-    "sign bias": ("sign, u 0.001", False),
-    "RMS bias": ("RMS, u 0.01", False),
-    "decaying subgradient": ("subgradient, 1/sqrt(n)", False),
-    "BIP": ("BIP, 8 iterations", False),
-    "Sinkhorn prices": ("Sinkhorn, scores", False),
-    "Selective Sinkhorn": ("Selective Sinkhorn", False),
-    "congestion price": ("congestion, 0.2", False),
-    "fixed top-2": ("quantile", True),
+    "softmax, quantile prices, batch budget": ("price", "quantile", False),
+    "softmax renormalised": ("score", "softmax", False),
+    "sigmoid": ("score", "sigmoid", False),
+    "cosine": ("score", "cosine", False),
+    "k-means": ("score", "k-means", False),
+    "NormRouter": ("score", "norm", False),
+    "ReLU + RMSNorm": ("score", "ReLU with RMS norm", False),
+    "noisy": ("score", "noisy", False),
+    "stochastic gates": ("score", "stochastic gates, straight through", False),
+    "no prices": ("price", "none", False),
+    "sign bias": ("price", "sign, u 0.001", False),
+    "RMS bias": ("price", "RMS, u 0.01", False),
+    "decaying subgradient": ("price", "subgradient, 1/sqrt(n)", False),
+    "BIP": ("price", "BIP, 8 iterations", False),
+    "Sinkhorn prices": ("price", "Sinkhorn, scores", False),
+    "Selective Sinkhorn": ("price", "Selective Sinkhorn", False),
+    "congestion price": ("price", "congestion, 0.2", False),
+    "fixed top-2": ("price", "quantile", True),
+    "top-p": ("selection", "top-p", False),
+    "learned threshold": ("selection", "learned threshold", False),
+    "budget by sequence": ("selection", "budget by sequence", False),
+    "budget by layer, descending": ("selection", "budget by layer", False),
 }
 
 
@@ -109,11 +121,12 @@ def _row(result: Json, cost: Json, name: str) -> Row:
 def _cost_share(cost: Json, name: str) -> float | None:
     if name not in TIMED:
         return None
-    controller, is_fixed = TIMED[name]
+    kind, label, is_fixed = TIMED[name]
     shares = [
         float(row["share"]["median"])
         for row in cost["rows"]
-        if row["controller"] == controller and row["budget"].endswith(" each") == is_fixed
+        if (row["kind"], row["label"]) == (kind, label)
+        and row["budget"].endswith(" each") == is_fixed
     ]
     return shares[0] if shares else None
 

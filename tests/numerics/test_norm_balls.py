@@ -30,14 +30,23 @@ points = st.lists(entries, min_size=6, max_size=6).map(
 )
 
 
+def euclidean(point):
+    """The norm over the last dimension, of numbers whose squares underflow too."""
+    if point.shape[-1] == 0:
+        return point.sum(-1)
+    largest = point.abs().amax(-1, keepdim=True)
+    safe = torch.where(largest > 0, largest, 1)
+    return (point / safe).square().sum(-1).sqrt() * largest.squeeze(-1)
+
+
 def norm_of(name, point):
     point = point.double()
     if name == "l1":
         return point.abs().sum(-1)
     if name == "l2":
-        return point.square().sum(-1).sqrt()
+        return euclidean(point)
     weights = WEIGHTS if name == "weighted" else torch.ones(5).double()
-    parts = [point[..., g == GROUP].square().sum(-1).sqrt() for g in range(5)]
+    parts = [euclidean(point[..., g == GROUP]) for g in range(5)]
     return torch.stack(parts, dim=-1) @ weights
 
 
@@ -46,9 +55,9 @@ def dual_norm_of(name, point):
     if name == "l1":
         return point.abs().amax(-1)
     if name == "l2":
-        return point.square().sum(-1).sqrt()
+        return euclidean(point)
     weights = WEIGHTS if name == "weighted" else torch.ones(5).double()
-    parts = [point[..., g == GROUP].square().sum(-1).sqrt() for g in range(5)]
+    parts = [euclidean(point[..., g == GROUP]) for g in range(5)]
     return (torch.stack(parts, dim=-1) / weights).amax(-1)
 
 

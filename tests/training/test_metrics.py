@@ -108,6 +108,7 @@ EVALUATION = {
             "experts_per_token": NUMBER,
         }
     },
+    "unseen": {},
     "mean_bits_per_byte": NUMBER,
     "worst_domain": TEXT,
     "worst_bits_per_byte": NUMBER,
