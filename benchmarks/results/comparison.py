@@ -140,8 +140,8 @@ def size(found: Json) -> str:
     """Says how large the runs of a setting were."""
     return (
         f"{found['num_layers']} layers of {found['num_experts']} experts, width "
-        f"{found['hidden_size']}, {found['steps']} steps of {found['batch_size']} sequences of "
-        f"{found['sequence_length']} tokens."
+        f"{found['hidden_size']}, at most {found['steps']} steps of {found['batch_size']} "
+        f"sequences of {found['sequence_length']} tokens."
     )
 
 

@@ -44,7 +44,10 @@ class TestSmallHeadline:
 
         found = text(small(made_up(headline_bits())))
         assert found.startswith("## The same on two CPU cores\n")
-        assert "2 layers of 8 experts, width 96, 240 steps of 8 sequences of 128 tokens." in found
+        assert (
+            "2 layers of 8 experts, width 96, at most 240 steps of 8 sequences of 128 tokens."
+            in found
+        )
         assert "DRGR here sets `robustness.losses=train` on top of what all methods share" in found
         assert "| **DRGR** | 3.020 ± 0.010 | 2.520 ± 0.010 | 5.0 | 0 |" in found
         for heading in ("What it was meant to show", "20 random target", "What DRGR differs from"):
