@@ -23,6 +23,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from benchmarks.provenance import describe_source, write_result
+from benchmarks.spread import mean_and_deviation
 from drgr.bilevel import CG, Identity, LinearSolver, Neumann, ProximalAlternating, hypergradient
 
 CORRUPTIONS = (0.5, 0.7)
@@ -271,20 +272,13 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "corruption": corruption,
                     "method": name,
-                    "test_error": _mean_and_deviation(errors),
-                    "above_proximal_alternating": _mean_and_deviation(gaps),
+                    "test_error": mean_and_deviation(errors),
+                    "above_proximal_alternating": mean_and_deviation(gaps),
                     "area_under_curve": None if None in areas else statistics.mean(areas),
                     "gradients": chosen[0][name].get("gradients"),
                 }
             )
     return rows
-
-
-def _mean_and_deviation(values: list[float]) -> dict[str, float]:
-    return {
-        "mean": statistics.mean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-    }
 
 
 def claims(runs: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, bool]:

@@ -11,7 +11,6 @@ not the splits. The last model counts: there is no early stopping.
 """
 
 import argparse
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from benchmarks.real_groups import model
 from benchmarks.real_groups.data import SOURCES, Dataset, load
 from benchmarks.real_groups.methods import METHODS, OURS, Method, Setting
 from benchmarks.real_groups.model import Training, evaluate
+from benchmarks.spread import mean_and_deviation
 from drgr.experiments.statistics import mean_interval, sign_flip_p
 from drgr.training.setup import resolve_cache
 
@@ -105,13 +105,6 @@ def summary(runs: Sequence[Row], trials: Sequence[Row]) -> list[Row]:
 
 def of(rows: Sequence[Row], source: str, method: str) -> list[Row]:
     return [row for row in rows if row["data"] == source and row["method"] == method]
-
-
-def mean_and_deviation(values: Sequence[float]) -> dict[str, float]:
-    return {
-        "mean": statistics.fmean(values),
-        "deviation": statistics.stdev(values) if len(values) > 1 else 0.0,
-    }
 
 
 def comparisons(runs: Sequence[Row]) -> list[Row]:

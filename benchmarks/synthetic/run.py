@@ -16,14 +16,14 @@ process with one thread; only their ratios within one run mean something.)
 """
 
 import argparse
-import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.provenance import describe_source, write_result
+from benchmarks.spread import mean_and_deviation
 from benchmarks.synthetic import mixtures, routing
 
 SIZE = {"mixture": "domains", "routing": "experts"}
@@ -57,19 +57,13 @@ def summary(rows: list[Row]) -> list[Row]:
             "method": method,
             "seeds": len(group),
             **{
-                field: _spread(row[field] for row in group)
+                field: mean_and_deviation(row[field] for row in group)
                 for field in FIELDS[part]
                 if field in group[0]
             },
         }
         for (part, size, method), group in groups.items()
     ]
-
-
-def _spread(values: Iterable[float]) -> dict[str, float]:
-    found = list(values)
-    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
-    return {"mean": statistics.mean(found), "deviation": deviation}
 
 
 def claims(rows: list[Row], tested: list[Row]) -> dict[str, bool]:

@@ -121,8 +121,9 @@ def drgr() -> RunConfig:
     weights of the training losses, which cost nothing and, while no text is seen twice, are as good
     as held-out ones. Where text is repeated, take those: ``robustness.losses=validation``. Tokens
     have one expert until step 190 of 250 and then the budget; the FLOPs saved are worth about a
-    tenth more steps. Values are those that ``docs/results.md`` reports on, tuned on runs of 250
-    steps; move ``robustness.begin`` and ``routing.selection.switch_step`` with the steps.
+    tenth more steps. Strength and begin of the adversary are what tuning chose at this size, the
+    price and the switch what the smaller comparison of ``docs/results.md`` has; move
+    ``robustness.begin`` and ``routing.selection.switch_step`` with the steps.
     """
     routing = demo().routing.model_copy(
         update={
