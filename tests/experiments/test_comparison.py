@@ -1,5 +1,6 @@
 """Running: what is made, kept, resumed, retried and refused. Runs are made up (fake_drgr.py)."""
 
+import dataclasses
 import fcntl
 import json
 import signal
@@ -8,7 +9,7 @@ import sqlite3
 import pytest
 
 from drgr.errors import ConfigError, DataError, DrgrError
-from drgr.experiments import Store, comparison, summarize
+from drgr.experiments import Store, comparison, parse_experiment, summarize
 
 
 def stored(ran):
@@ -167,15 +168,51 @@ class TestStore:
     def test_changed_experiment(self, compare):
         compare(seeds=1)
         with pytest.raises(ConfigError) as caught:
-            compare(seeds=2, common={"training.weight_decay": 0.5})
+            compare(seeds=[1], common={"training.weight_decay": 0.5})
         message = str(caught.value)
         assert "the experiment has changed since" in message
-        assert "seeds was [0] and is [0, 1]" in message
+        assert "seeds was [0] and is [1]" in message
         assert (
             'common was ["training.weight_decay=0.0"] and is ["training.weight_decay=0.5"]'
             in message
         )
         assert "--directory" in message
+
+    def test_new_seeds(self, compare):
+        before = stored(compare(seeds=1))
+        ran = compare(seeds=[3, 0])
+        runs = stored(ran)
+        assert {name: run for name, run in runs.items() if run.seed == 0} == before
+        assert sorted(set(runs) - set(before)) == ["0-uniform-seed-3", "1-kl-seed-3"]
+        for old, new in (("0-uniform", runs["0-uniform-seed-3"]), ("1-kl", runs["1-kl-seed-3"])):
+            first = before[f"{old}-seed-0"]
+            config = first.config | {"training": first.config["training"] | {"seed": 3}}
+            assert new.config == config
+            assert (new.steps, new.flops_limit) == (first.steps, first.flops_limit)
+            assert (new.status, new.settings) == ("finished", first.settings)
+        assert [name for name, *_ in ran.began[2:]] == ["0-uniform-seed-3", "1-kl-seed-3"]
+        with pytest.raises(ConfigError, match=r"seeds was \[3, 0\] and is \[0\]"):
+            compare(seeds=1)
+
+    def test_new_seeds_take_what_tuning_found(self, compare):
+        tuning = {
+            "trials": 2,
+            "seed": 77,
+            "objective": {"worst_bits_per_byte": 1.0},
+            "space": {"training.learning_rate": {"kind": "log-uniform", "low": 1e-4, "high": 1e-2}},
+        }
+        before = stored(compare(seeds=1, tuning=tuning))
+        after = stored(compare(seeds=2, tuning=tuning))
+        assert sum(run.stage == "tuning" for run in after.values()) == 4
+        for name in ("0-uniform", "1-kl"):
+            assert after[f"{name}-seed-1"].settings == before[f"{name}-seed-0"].settings != {}
+
+    def test_reading_adds_no_seeds(self, compare, content):
+        ran = compare(seeds=1)
+        more = dataclasses.replace(ran.comparison, experiment=parse_experiment(content(seeds=2)))
+        with Store.read(more.store, more.content) as store:
+            assert len(store.runs()) == 2
+        compare(seeds=1)
 
     def test_changed_recipe(self, compare, runs):
         compare(seeds=1)

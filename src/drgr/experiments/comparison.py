@@ -38,8 +38,9 @@ def run_comparison(
 ) -> int:
     """Makes every run of a comparison that is not finished yet.
 
-    What was finished before stays; what was interrupted goes on from its last checkpoint. A run
-    that fails is kept with its error and stops no other.
+    What was finished before stays; what was interrupted goes on from its last checkpoint; seeds
+    that the experiment gained are run with the settings that were found before. A run that fails is
+    kept with its error and stops no other.
 
     Args:
         comparison: What to compare.
@@ -122,6 +123,7 @@ class _Runner:
         missing = [one for one in self._comparison.variants if one.name not in settled]
         if missing:
             self._plan_final(missing)
+        self._plan_new_seeds()
         return self._make(_to_make(self._store.runs("final")), _nothing)
 
     def _settled(self) -> set[str]:
@@ -144,6 +146,21 @@ class _Runner:
                 for seed in self._comparison.experiment.seeds
                 for variant, settings in best
                 if settings is not None
+            ]
+        )
+
+    def _plan_new_seeds(self) -> None:
+        """Plans, for seeds that the experiment gained, what every method ran with the others."""
+        planned = self._store.runs("final")
+        names = {(run.method, run.seed) for run in planned}
+        variants = {one.name: one for one in self._comparison.variants}
+        firsts = {run.method: run for run in reversed(planned)}
+        self._store.plan(
+            [
+                self._planner.repeated(variants[method], first, seed=seed)
+                for seed in self._comparison.experiment.seeds
+                for method, first in reversed(firsts.items())
+                if (method, seed) not in names
             ]
         )
 

@@ -12,9 +12,9 @@ from drgr.experiments.compute import RunCosts, affordable_steps, measure_costs
 from drgr.experiments.experiment import Experiment
 from drgr.experiments.methods import Variant, assignment, named_error
 from drgr.experiments.runs import slug
-from drgr.experiments.store import Planned
+from drgr.experiments.store import Planned, StoredRun
 from drgr.experiments.tuning import Trial
-from drgr.training import RunConfig, override, resolve_cache
+from drgr.training import RunConfig, override, parse_config, resolve_cache
 
 
 @final
@@ -97,6 +97,21 @@ class Planner:
             steps=steps,
             flops_limit=self._bound(variant, limit),
             flops_predicted=variant.prior_flops + self._cost(variant.name, config).most(steps),
+        )
+
+    def repeated(self, variant: Variant, run: StoredRun, *, seed: int) -> Planned:
+        """Returns a run of the final stage again with another seed, at the same steps and limit."""
+        return Planned(
+            name=f"{self._stem(variant)}-seed-{seed}",
+            stage="final",
+            method=variant.name,
+            trial=None,
+            seed=seed,
+            settings=run.settings,
+            config=_as_json(variant, parse_config(run.config), seed=seed, steps=run.steps),
+            steps=run.steps,
+            flops_limit=run.flops_limit,
+            flops_predicted=run.flops_predicted,
         )
 
     def trial(self, variant: Variant, trial: Trial, *, limit: float) -> Planned:

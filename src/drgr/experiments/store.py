@@ -147,18 +147,35 @@ class Store:
     @classmethod
     @contextmanager
     def open(cls, path: Path, content: Mapping[str, Any]) -> "Iterator[Store]":
-        """Opens the store of an experiment, or makes it.
+        """Opens the store of an experiment, or makes it; seeds that are new to it are added.
 
         Args:
             path: The file.
             content: The experiment, as JSON holds it, with all that its runs depend on.
 
         Raises:
-            ConfigError: If the file is the store of another experiment, or of this one before it
-                was changed.
+            ConfigError: If the file is the store of another experiment, or of this one before
+                anything but new seeds was changed.
             DataError: If it is no store.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
+        with cls._connected(path, content) as store:
+            with _as_data_error(path):
+                _update(store._connection, content)
+            yield store
+
+    @classmethod
+    @contextmanager
+    def read(cls, path: Path, content: Mapping[str, Any]) -> "Iterator[Store]":
+        """Opens a store that must exist and leaves it as it is; see :meth:`open`."""
+        if not path.exists():
+            raise ConfigError(f"{path} does not exist; run the comparison before it is exported")
+        with cls._connected(path, content) as store:
+            yield store
+
+    @classmethod
+    @contextmanager
+    def _connected(cls, path: Path, content: Mapping[str, Any]) -> "Iterator[Store]":
         connection = sqlite3.connect(path)
         try:
             with _as_data_error(path):
@@ -167,15 +184,6 @@ class Store:
             yield cls(connection)
         finally:
             connection.close()
-
-    @classmethod
-    @contextmanager
-    def read(cls, path: Path, content: Mapping[str, Any]) -> "Iterator[Store]":
-        """Opens a store that must exist; see :meth:`open`."""
-        if not path.exists():
-            raise ConfigError(f"{path} does not exist; run the comparison before it is exported")
-        with cls.open(path, content) as store:
-            yield store
 
     def plan(self, runs: Sequence[Planned]) -> None:
         """Adds runs, all or none; a name that is there already is left as it is."""
@@ -316,11 +324,21 @@ def _check(path: Path, connection: sqlite3.Connection, content: Mapping[str, Any
             f"{path} is the store of experiment {before['name']!r}, not of {now['name']!r}; name "
             f"another directory with --directory"
         )
+    if set(before["seeds"]) <= set(now["seeds"]):
+        # More seeds of the same experiment: nothing that was found before is worth less.
+        before["seeds"] = now["seeds"]
     changes = list(_differences(before, now, ""))
     if changes:
         raise ConfigError(
             f"the experiment has changed since {path} was begun: {'; '.join(changes)}; undo that, "
             f"or name another directory with --directory"
+        )
+
+
+def _update(connection: sqlite3.Connection, content: Mapping[str, Any]) -> None:
+    with connection:
+        connection.execute(
+            "UPDATE experiment SET value = ? WHERE key = 'content'", (json.dumps(dict(content)),)
         )
 
 
