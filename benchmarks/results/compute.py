@@ -46,7 +46,7 @@ def section(result: Json) -> list[str]:
         "## What an expert more buys",
         "",
         "DRGR with a fixed number of experts for every token, and with a budget for the batch that "
-        "gives tokens different numbers, at the same steps. "
+        "gives tokens different numbers, at equal total FLOPs: fewer experts buy more steps. "
         f"{about(result)}{command(result)}",
         "",
         "![Worst domain against active experts](compute.svg)",

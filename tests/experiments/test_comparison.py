@@ -190,9 +190,61 @@ class TestStore:
             assert new.config == config
             assert (new.steps, new.flops_limit) == (first.steps, first.flops_limit)
             assert (new.status, new.settings) == ("finished", first.settings)
-        assert [name for name, *_ in ran.began[2:]] == ["0-uniform-seed-3", "1-kl-seed-3"]
+        assert sorted(name for name, *_ in ran.began[2:]) == ["0-uniform-seed-3", "1-kl-seed-3"]
         with pytest.raises(ConfigError, match=r"seeds was \[3, 0\] and is \[0\]"):
             compare(seeds=1)
+
+    def test_new_methods(self, compare, content):
+        methods = content()["methods"]
+        late = {"late": {"robustness.apply_to": "sampling", "robustness.begin": 4}}
+        before = stored(compare(seeds=1))
+        ran = compare(seeds=2, methods=methods | late)
+        runs = stored(ran)
+        assert {name: runs[name] for name in before} == before
+        assert [name for name in runs if name not in before] == [
+            "2-late-seed-0",
+            "2-late-seed-1",
+            "0-uniform-seed-1",
+            "1-kl-seed-1",
+        ]
+        assert {run.status for run in runs.values()} == {"finished"}
+        assert runs["2-late-seed-0"].config["robustness"]["begin"] == 4
+        assert len(summary_of(ran)["methods"]) == 3
+        with pytest.raises(ConfigError, match=r"methods\.late was .* and is gone"):
+            compare(seeds=2)
+
+    def test_new_methods_come_last(self, compare, content):
+        compare(seeds=1)
+        late = {"late": {"robustness.apply_to": "sampling", "robustness.begin": 4}}
+        with pytest.raises(ConfigError, match=r"methods\.late is new"):
+            compare(seeds=1, methods=late | content()["methods"])
+
+    def test_new_methods_are_tuned(self, compare, content):
+        space = {"training.learning_rate": {"kind": "log-uniform", "low": 1e-4, "high": 1e-2}}
+        tuning = {"trials": 2, "seed": 77, "objective": {"worst_bits_per_byte": 1.0}}
+        methods = content()["methods"]
+        known = tuning | {"methods": dict.fromkeys(methods, space)}
+        before = stored(compare(seeds=1, tuning=known))
+        methods |= {"late": {"robustness.apply_to": "sampling", "robustness.begin": 4}}
+        runs = stored(
+            compare(
+                seeds=1, methods=methods, tuning=tuning | {"methods": dict.fromkeys(methods, space)}
+            )
+        )
+        new = {name: run.stage for name, run in runs.items() if name not in before}
+        assert new == {
+            "2-late-trial-0": "tuning",
+            "2-late-trial-1": "tuning",
+            "2-late-seed-0": "final",
+        }
+        assert {name: runs[name] for name in before} == before
+        wider = space | {"training.weight_decay": {"kind": "uniform", "low": 0.0, "high": 0.1}}
+        with pytest.raises(ConfigError, match=r"tuning\.methods\.kl\.training\.weight_decay"):
+            compare(
+                seeds=1,
+                methods=methods,
+                tuning=tuning | {"methods": {**dict.fromkeys(methods, space), "kl": wider}},
+            )
 
     def test_new_seeds_take_what_tuning_found(self, compare):
         tuning = {

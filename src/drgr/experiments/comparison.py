@@ -39,8 +39,8 @@ def run_comparison(
     """Makes every run of a comparison that is not finished yet.
 
     What was finished before stays; what was interrupted goes on from its last checkpoint; seeds
-    that the experiment gained are run with the settings that were found before. A run that fails is
-    kept with its error and stops no other.
+    that the experiment gained are run with the settings that were found before, methods that it
+    gained are tuned as the others were. A run that fails is kept with its error and stops no other.
 
     Args:
         comparison: What to compare.

@@ -147,7 +147,7 @@ class Store:
     @classmethod
     @contextmanager
     def open(cls, path: Path, content: Mapping[str, Any]) -> "Iterator[Store]":
-        """Opens the store of an experiment, or makes it; seeds that are new to it are added.
+        """Opens the store of an experiment, or makes it; seeds and methods new to it are added.
 
         Args:
             path: The file.
@@ -155,7 +155,7 @@ class Store:
 
         Raises:
             ConfigError: If the file is the store of another experiment, or of this one before
-                anything but new seeds was changed.
+                anything but new seeds and methods was changed.
             DataError: If it is no store.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -324,10 +324,7 @@ def _check(path: Path, connection: sqlite3.Connection, content: Mapping[str, Any
             f"{path} is the store of experiment {before['name']!r}, not of {now['name']!r}; name "
             f"another directory with --directory"
         )
-    if set(before["seeds"]) <= set(now["seeds"]):
-        # More seeds of the same experiment: nothing that was found before is worth less.
-        before["seeds"] = now["seeds"]
-    changes = list(_differences(before, now, ""))
+    changes = list(_differences(_grown(before, now), now, ""))
     if changes:
         raise ConfigError(
             f"the experiment has changed since {path} was begun: {'; '.join(changes)}; undo that, "
@@ -340,6 +337,29 @@ def _update(connection: sqlite3.Connection, content: Mapping[str, Any]) -> None:
         connection.execute(
             "UPDATE experiment SET value = ? WHERE key = 'content'", (json.dumps(dict(content)),)
         )
+
+
+def _grown(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """Returns what was before with the seeds and methods that were added.
+
+    Nothing that was found before is worth less for them. Methods must come after those that were
+    there, whose runs are named by their place.
+    """
+    grown = dict(before)
+    if set(before["seeds"]) <= set(now["seeds"]):
+        grown["seeds"] = now["seeds"]
+    old, new = list(before["methods"]), list(now["methods"])[len(before["methods"]) :]
+    if [*old, *new] == list(now["methods"]):
+        for key in ("methods", "configurations"):
+            grown[key] = now[key] | before[key]
+        if before["tuning"] and now["tuning"]:
+            spaces = {
+                name: now["tuning"]["methods"][name]
+                for name in new
+                if name in now["tuning"]["methods"]
+            }
+            grown["tuning"] = before["tuning"] | {"methods": before["tuning"]["methods"] | spaces}
+    return grown
 
 
 def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
