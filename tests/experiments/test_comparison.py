@@ -22,6 +22,16 @@ def summary_of(ran):
         return summarize(ran.comparison, store)
 
 
+def rewrite(ran, change):
+    """Changes the configurations that a store was begun for."""
+    with sqlite3.connect(ran.comparison.store) as connection:
+        content = json.loads(connection.execute("SELECT value FROM experiment").fetchone()[0])
+        for configuration in content["configurations"].values():
+            change(configuration)
+        connection.execute("UPDATE experiment SET value = ?", (json.dumps(content),))
+    connection.close()
+
+
 def test_methods_times_seeds(compare):
     ran = compare(seeds=[3, 5])
     runs = stored(ran)
@@ -258,6 +268,20 @@ class TestStore:
         assert sum(run.stage == "tuning" for run in after.values()) == 4
         for name in ("0-uniform", "1-kl"):
             assert after[f"{name}-seed-1"].settings == before[f"{name}-seed-0"].settings != {}
+
+    def test_a_setting_that_an_earlier_version_did_not_have(self, compare):
+        ran = compare(seeds=1)
+        rewrite(ran, lambda configuration: configuration["data"].pop("unseen"))
+        assert len(stored(compare(seeds=2))) == 4
+        rewrite(ran, lambda configuration: configuration["data"].update(unseen=["a"]))
+        with pytest.raises(ConfigError, match=r"uniform\.data\.unseen was \[\"a\"\] and is \[\]"):
+            compare(seeds=2)
+
+    def test_a_setting_that_is_gone(self, compare):
+        ran = compare(seeds=1)
+        rewrite(ran, lambda configuration: configuration["data"].update(former=3))
+        with pytest.raises(ConfigError, match=r"uniform\.data\.former was 3 and is gone"):
+            compare(seeds=1)
 
     def test_reading_adds_no_seeds(self, compare, content):
         ran = compare(seeds=1)

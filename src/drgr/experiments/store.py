@@ -14,6 +14,7 @@ from typing import Any, Literal, final
 
 from drgr.errors import ConfigError, DataError
 from drgr.experiments.experiment import FIGURES
+from drgr.experiments.sameness import check_same
 
 Stage = Literal["tuning", "final"]
 Status = Literal["planned", "running", "finished", "failed", "over"]
@@ -317,19 +318,7 @@ def _check(path: Path, connection: sqlite3.Connection, content: Mapping[str, Any
             f"not {_VERSION}); name another directory with --directory"
         )
     row = connection.execute("SELECT value FROM experiment WHERE key = 'content'").fetchone()
-    before: dict[str, Any] = json.loads(row[0])
-    now: dict[str, Any] = json.loads(json.dumps(dict(content)))
-    if before["name"] != now["name"]:
-        raise ConfigError(
-            f"{path} is the store of experiment {before['name']!r}, not of {now['name']!r}; name "
-            f"another directory with --directory"
-        )
-    changes = list(_differences(_grown(before, now), now, ""))
-    if changes:
-        raise ConfigError(
-            f"the experiment has changed since {path} was begun: {'; '.join(changes)}; undo that, "
-            f"or name another directory with --directory"
-        )
+    check_same(path, before=json.loads(row[0]), now=json.loads(json.dumps(dict(content))))
 
 
 def _update(connection: sqlite3.Connection, content: Mapping[str, Any]) -> None:
@@ -337,44 +326,6 @@ def _update(connection: sqlite3.Connection, content: Mapping[str, Any]) -> None:
         connection.execute(
             "UPDATE experiment SET value = ? WHERE key = 'content'", (json.dumps(dict(content)),)
         )
-
-
-def _grown(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """Returns what was before with the seeds and methods that were added.
-
-    Nothing that was found before is worth less for them. Methods must come after those that were
-    there, whose runs are named by their place.
-    """
-    grown = dict(before)
-    if set(before["seeds"]) <= set(now["seeds"]):
-        grown["seeds"] = now["seeds"]
-    old, new = list(before["methods"]), list(now["methods"])[len(before["methods"]) :]
-    if [*old, *new] == list(now["methods"]):
-        for key in ("methods", "configurations"):
-            grown[key] = now[key] | before[key]
-        if before["tuning"] and now["tuning"]:
-            spaces = {
-                name: now["tuning"]["methods"][name]
-                for name in new
-                if name in now["tuning"]["methods"]
-            }
-            grown["tuning"] = before["tuning"] | {"methods": before["tuning"]["methods"] | spaces}
-    return grown
-
-
-def _differences(before: Any, now: Any, path: str) -> Iterator[str]:
-    """Names each place where two JSON values differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            place = f"{path}.{key}" if path else str(key)
-            if key not in now:
-                yield f"{place} was {json.dumps(before[key])} and is gone"
-            elif key not in before:
-                yield f"{place} is new: {json.dumps(now[key])}"
-            else:
-                yield from _differences(before[key], now[key], place)
-    elif before != now:
-        yield f"{path} was {json.dumps(before)} and is {json.dumps(now)}"
 
 
 def _stored(row: Sequence[Any]) -> StoredRun:
