@@ -8,19 +8,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import Literal, final
 
 import torch
 from torch import Tensor
 
 from benchmarks.real_groups.data import Samples
-from benchmarks.real_groups.model import Fit, Ledger, Rule, Training, errors, fit
+from benchmarks.real_groups.model import Fit, Ledger, Training, errors, fit
 from drgr.ambiguity import KL, CVaR, RobustLoss
 from drgr.budgets.flops import FORWARD_PASSES_PER_STEP
 from drgr.training.adversary import DomainAdversary
 
-# Of the steps: before them DRGR draws groups equally often.
-BEGIN = 0.4
+# Of the steps: before them DRGR counts groups alike.
+BEGIN = 0.1
 REFRESH_EVERY = 10
 SMOOTHING = 0.9
 # Of the steps, for the model whose errors count more afterwards.
@@ -48,14 +48,13 @@ class Fixed:
 class GroupDro:
     """Exponentiated gradient of the adversary, one step a batch, on the objective.
 
-    Groups are drawn equally often and the factors multiply the means of groups, as in Sagawa et
-    al., *Distributionally Robust Neural Networks*, ICLR 2020, algorithm 1. The loss of a group that
-    is not in a batch counts as 0.
+    The factors multiply the means of groups, as in Sagawa et al., *Distributionally Robust Neural
+    Networks*, ICLR 2020, algorithm 1. The loss of a group that is not in a batch counts as 0.
     """
 
-    def __init__(self, groups: Tensor, num_groups: int, *, rate: float) -> None:
+    def __init__(self, groups: Tensor, num_groups: int, *, rate: float, drawn: Tensor) -> None:
         self._groups = groups
-        self._drawn = balanced(groups, num_groups)
+        self._drawn = drawn
         self._rate = rate
         self.weights = torch.full((num_groups,), 1 / num_groups)
 
@@ -86,39 +85,53 @@ class Tail:
 
 @final
 class Drgr:
-    """KL weights of the training losses of groups as their shares in the draws, from ``begin`` on.
+    """KL weights of the training losses of groups, from ``begin`` on; before, groups count alike.
 
-    Before, groups are drawn equally often; the weights start from there as well.
+    On the objective, samples are drawn as they are and the loss of a group's sample has the factor
+    weight over share, so that a rare group's few samples are not repeated; on the sampling, groups
+    are drawn by their weights.
     """
 
-    def __init__(self, groups: Tensor, num_groups: int, *, penalty: float, begin: int) -> None:
+    def __init__(
+        self,
+        groups: Tensor,
+        num_groups: int,
+        *,
+        penalty: float,
+        begin: int,
+        apply_to: Literal["objective", "sampling"],
+    ) -> None:
         self._groups = groups
         self._begin = begin
-        self._within = balanced(groups, num_groups)
-        uniform = torch.full((num_groups,), 1 / num_groups, dtype=torch.float64)
+        self._counts = torch.bincount(groups, minlength=num_groups).double()
+        uniform = torch.full_like(self._counts, 1 / num_groups)
         self.adversary = DomainAdversary(
             divergence=KL(),
             penalty=penalty,
             radius=None,
-            sampling=uniform,
+            sampling=uniform if apply_to == "sampling" else self._counts,
             nominal=uniform,
-            apply_to="sampling",
+            apply_to=apply_to,
             unit=torch.ones_like(uniform),
             smoothing=SMOOTHING,
             reference=None,
         )
-        self._drawn = self._within
+        self._drawn = self._shares()
 
     def shares(self, step: int) -> Tensor:
         if step >= self._begin and (step - self._begin) % REFRESH_EVERY == 0:
-            sampling = self.adversary.refresh().sampling.float()
-            self._drawn = self._within * sampling[self._groups]
+            self.adversary.refresh()
+            self._drawn = self._shares()
         return self._drawn
 
     def objective(self, losses: Tensor, rows: Tensor) -> Tensor:
-        sums, counts = group_sums(losses.detach(), self._groups[rows], len(self.adversary.unit))
+        groups = self._groups[rows]
+        sums, counts = group_sums(losses.detach(), groups, len(self._counts))
         self.adversary.observe(sums, counts)
-        return losses.mean()
+        return (self.adversary.weights.objective[groups].float() * losses).mean()
+
+    def _shares(self) -> Tensor:
+        return (self.adversary.weights.sampling / self._counts)[self._groups].float()
 
 
 def group_sums(losses: Tensor, groups: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -172,7 +185,19 @@ def train_balanced(samples: Samples, groups: int, training: Training, setting: S
 
 
 def train_group_dro(samples: Samples, groups: int, training: Training, setting: Setting) -> Fit:
-    return fit(samples, GroupDro(samples.groups, groups, rate=setting["rate"]), training)
+    """Group DRO on groups that are drawn equally often."""
+    drawn = balanced(samples.groups, groups)
+    rule = GroupDro(samples.groups, groups, rate=setting["rate"], drawn=drawn)
+    return fit(samples, rule, training)
+
+
+def train_group_dro_as_drawn(
+    samples: Samples, groups: int, training: Training, setting: Setting
+) -> Fit:
+    """Group DRO on samples as they are."""
+    drawn = torch.ones(len(samples.labels))
+    rule = GroupDro(samples.groups, groups, rate=setting["rate"], drawn=drawn)
+    return fit(samples, rule, training)
 
 
 def train_tail(samples: Samples, _groups: int, training: Training, setting: Setting) -> Fit:
@@ -180,9 +205,25 @@ def train_tail(samples: Samples, _groups: int, training: Training, setting: Sett
 
 
 def train_drgr(samples: Samples, groups: int, training: Training, setting: Setting) -> Fit:
+    """DRGR with its weights on the objective."""
+    return fit(samples, _drgr(samples, groups, training, setting, "objective"), training)
+
+
+def train_drgr_draws(samples: Samples, groups: int, training: Training, setting: Setting) -> Fit:
+    """DRGR with its weights on the draws."""
+    return fit(samples, _drgr(samples, groups, training, setting, "sampling"), training)
+
+
+def _drgr(
+    samples: Samples,
+    groups: int,
+    training: Training,
+    setting: Setting,
+    apply_to: Literal["objective", "sampling"],
+) -> Drgr:
     begin = round(BEGIN * training.steps)
-    rule: Rule = Drgr(samples.groups, groups, penalty=setting["penalty"], begin=begin)
-    return fit(samples, rule, training)
+    penalty = setting["penalty"]
+    return Drgr(samples.groups, groups, penalty=penalty, begin=begin, apply_to=apply_to)
 
 
 def train_jtt(samples: Samples, _groups: int, training: Training, setting: Setting) -> Fit:
@@ -224,7 +265,7 @@ Train = Callable[[Samples, int, Training, Setting], Fit]
 
 
 @final
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Method:
     """A way to train.
 
@@ -245,47 +286,23 @@ def _settings(name: str, *values: float) -> tuple[Setting, ...]:
 
 
 OURS = "DRGR"
+ON_DRAWS = OURS + ", weights on the draws"
+DECAYS = _settings("weight_decay", 0.01, 0.1, 1.0, 3.0, 10.0)
+RATES = _settings("rate", 0.003, 0.01, 0.03, 0.1, 0.3)
+PENALTIES = _settings("penalty", 0.05, 0.1, 0.2, 0.4, 0.8)
+POWERS = _settings("power", 0.5, 0.75, 1.0, 1.25, 1.5)
+FACTORS = _settings("factor", 5.0, 20.0, 50.0, 100.0, 200.0)
+LEVELS = _settings("level", 0.05, 0.1, 0.2, 0.4, 0.7)
+
+
 METHODS = (
-    Method(
-        name="ERM",
-        train=train_erm,
-        trials=_settings("weight_decay", 0.01, 0.1, 1.0),
-        knows_groups=False,
-    ),
-    Method(
-        name="up-weighting",
-        train=train_weighted,
-        trials=_settings("power", 0.5, 0.75, 1.0),
-        knows_groups=True,
-    ),
-    Method(
-        name="group-balanced sampling",
-        train=train_balanced,
-        trials=_settings("weight_decay", 0.01, 0.1, 1.0),
-        knows_groups=True,
-    ),
-    Method(
-        name="group DRO",
-        train=train_group_dro,
-        trials=_settings("rate", 0.01, 0.03, 0.1),
-        knows_groups=True,
-    ),
-    Method(
-        name="JTT",
-        train=train_jtt,
-        trials=_settings("factor", 2.0, 5.0, 20.0),
-        knows_groups=False,
-    ),
-    Method(
-        name="CVaR of samples",
-        train=train_tail,
-        trials=_settings("level", 0.1, 0.3, 0.6),
-        knows_groups=False,
-    ),
-    Method(
-        name=OURS,
-        train=train_drgr,
-        trials=_settings("penalty", 0.1, 0.3, 1.0),
-        knows_groups=True,
-    ),
+    Method("ERM", train_erm, DECAYS, knows_groups=False),
+    Method("up-weighting", train_weighted, POWERS, knows_groups=True),
+    Method("group-balanced sampling", train_balanced, DECAYS, knows_groups=True),
+    Method("group DRO, balanced draws", train_group_dro, RATES, knows_groups=True),
+    Method("group DRO, draws as given", train_group_dro_as_drawn, RATES, knows_groups=True),
+    Method("JTT", train_jtt, FACTORS, knows_groups=False),
+    Method("CVaR of samples", train_tail, LEVELS, knows_groups=False),
+    Method(OURS, train_drgr, PENALTIES, knows_groups=True),
+    Method(ON_DRAWS, train_drgr_draws, PENALTIES, knows_groups=True),
 )

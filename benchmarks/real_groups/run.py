@@ -2,7 +2,7 @@
 
 Three data sets with known groups: attributes of faces, a census, coloured digits. Every method
 takes the same number of steps, a pass without gradients counting for its share, inside an exact
-budget of two experts a sample in every training batch. Each chooses among three settings by
+budget of two experts a sample in every training batch. Each chooses among five settings by
 worst-group accuracy on the validation split, on a seed of its own; fresh seeds then train anew and
 are judged on the test split, at the price frozen in training. Seeds change first weights and draws,
 not the splits. The last model counts: there is no early stopping.
@@ -20,7 +20,7 @@ import torch
 from benchmarks.provenance import describe_source, write_result
 from benchmarks.real_groups import model
 from benchmarks.real_groups.data import SOURCES, Dataset, load
-from benchmarks.real_groups.methods import METHODS, OURS, Method, Setting
+from benchmarks.real_groups.methods import METHODS, ON_DRAWS, OURS, Method, Setting
 from benchmarks.real_groups.model import Training, evaluate
 from benchmarks.spread import mean_and_deviation
 from drgr.experiments.statistics import mean_interval, sign_flip_p
@@ -157,11 +157,13 @@ def observations(rows: Sequence[Row]) -> dict[str, bool]:
             for row in rows
             if row["data"] == source
         }
-        others = [value for method, value in worst.items() if method != OURS]
+        others = [value for method, value in worst.items() if method not in (OURS, ON_DRAWS)]
         seen[f"{source}: DRGR's worst group is better than that of ERM"] = (
             worst[OURS] > worst["ERM"]
         )
-        seen[f"{source}: DRGR's worst group is the best"] = worst[OURS] >= max(others)
+        seen[f"{source}: DRGR's worst group is better than that of every baseline"] = worst[
+            OURS
+        ] > max(others)
     return seen
 
 
@@ -218,7 +220,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", nargs="+", choices=list(SOURCES), default=DEFAULT_SOURCES)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--cache", type=Path, help="where archives are kept; as for drgr train")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("result.json"))

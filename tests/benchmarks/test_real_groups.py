@@ -160,7 +160,8 @@ def test_up_weighting_is_the_mean_over_groups_at_power_one(methods):
 
 
 def test_group_dro_is_an_exponentiated_gradient(methods):
-    rule = methods.GroupDro(GROUPS, 3, rate=0.7)
+    rule = methods.GroupDro(GROUPS, 3, rate=0.7, drawn=torch.ones(8))
+    assert rule.shares(0).tolist() == [1.0] * 8
     weights = np.full(3, 1 / 3)
     rng = np.random.default_rng(0)
     for rows in ([0, 1, 5, 7], [0, 6, 5], [7, 7, 2]):
@@ -189,27 +190,44 @@ def test_the_tail_of_a_batch(methods):
     assert rule.objective(losses, torch.arange(8)).item() == pytest.approx(8.0)
 
 
-def test_drgr_draws_groups_by_kl_weights_from_its_beginning_on(methods):
-    rule = methods.Drgr(GROUPS, 3, penalty=0.5, begin=2)
-    balanced = methods.balanced(GROUPS, 3)
+@pytest.mark.parametrize("apply_to", ["objective", "sampling"])
+def test_drgr_weighs_groups_by_kl_weights_from_its_beginning_on(methods, apply_to):
+    rule = methods.Drgr(GROUPS, 3, penalty=0.5, begin=2, apply_to=apply_to)
+    sizes = np.array([5, 2, 1])
     sums, counts = np.zeros(3), np.zeros(3)
     rng = np.random.default_rng(0)
+    rows = torch.tensor([0, 1, 5, 6, 7])
+    members = GROUPS[rows].numpy()
+
+    def shares(step):
+        """What a group's samples are drawn times what they count."""
+        drawn = rule.shares(step).double().numpy()
+        if apply_to == "sampling":
+            mass = np.array([drawn[group == GROUPS.numpy()].sum() for group in range(3)])
+            return mass / mass.sum()
+        np.testing.assert_allclose(drawn, drawn[0])
+        factors = rule.adversary.weights.objective.numpy()
+        return sizes / 8 * factors
+
+    def factors(weights):
+        return np.ones(5) if apply_to == "sampling" else (weights / (sizes / 8))[members]
+
     for step in range(2):
-        torch.testing.assert_close(rule.shares(step), balanced)
-        rows = torch.tensor([0, 1, 5, 6, 7])
+        np.testing.assert_allclose(shares(step), [1 / 3] * 3, rtol=1e-6)
         values = rng.random(5)
-        losses = torch.tensor(values)
-        assert rule.objective(losses, rows).item() == pytest.approx(values.mean())
+        found = rule.objective(torch.tensor(values), rows)
+        assert found.item() == pytest.approx((factors(np.full(3, 1 / 3)) * values).mean(), rel=1e-6)
         sums = 0.9 * sums + [values[:2].sum(), values[2:4].sum(), values[4]]
         counts = 0.9 * counts + [2, 2, 1]
     expected = np.exp(sums / counts / 0.5)
     expected /= expected.sum()
-    drawn = rule.shares(2)
-    mass = torch.stack([drawn[group == GROUPS].sum() for group in range(3)])
-    np.testing.assert_allclose(mass / mass.sum(), expected, rtol=1e-5)
+    np.testing.assert_allclose(shares(2), expected, rtol=1e-5)
+    values = rng.random(5)
+    found = rule.objective(torch.tensor(values), rows)
+    assert found.item() == pytest.approx((factors(expected) * values).mean(), rel=1e-5)
     rule.objective(torch.tensor([50.0]), torch.tensor([0]))
-    torch.testing.assert_close(rule.shares(3), drawn)
-    assert rule.shares(12)[0] > drawn[0]
+    np.testing.assert_allclose(shares(3), expected, rtol=1e-5)
+    assert shares(12)[0] > expected[0]
 
 
 def test_jtt_draws_the_errors_of_its_first_model_more_often(methods, model, generated, monkeypatch):
@@ -247,8 +265,8 @@ def test_jtt_needs_steps_for_both_stages(methods, model):
 
 
 def test_every_method_has_as_many_trials(methods):
-    assert {len(method.trials) for method in methods.METHODS} == {3}
-    assert len({method.name for method in methods.METHODS}) == 7
+    assert {len(method.trials) for method in methods.METHODS} == {5}
+    assert len({method.name for method in methods.METHODS}) == 9
 
 
 def test_a_batch_over_its_budget_is_counted(model, generated):
