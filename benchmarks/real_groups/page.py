@@ -1,5 +1,6 @@
 """The part of the page of results that shows worst groups of real data."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,32 @@ def section(result: Row) -> list[str]:
     ]
     for data in result["data"]:
         lines += ["", *part(result, data)]
-    return lines
+    return [*lines, "", *overall(result)]
+
+
+def overall(result: Row) -> list[str]:
+    """Returns the worst groups of all data sets together: how good, and how far behind at most."""
+    worst: dict[str, dict[str, float]] = {}
+    for row in result["summary"]:
+        figure = 100 * row["worst_group_accuracy"]["mean"]
+        worst.setdefault(row["method"], {})[row["data"]] = figure
+    best = {name: max(found[name] for found in worst.values()) for name in worst[OURS]}
+    behind = {
+        method: max(best[name] - value for name, value in found.items())
+        for method, found in worst.items()
+    }
+    means = {method: statistics.fmean(found.values()) for method, found in worst.items()}
+    return [
+        "**All together**: the mean of the worst groups above, and by how much a method is behind "
+        "the best one where it is furthest behind.",
+        "",
+        "| method | worst group, mean, % | furthest behind, points |",
+        "| --- | --: | --: |",
+        *[
+            f"| {method} | {means[method]:.1f} | {behind[method]:.1f} |"
+            for method in sorted(means, key=lambda one: -means[one])
+        ],
+    ]
 
 
 def part(result: Row, data: Row) -> list[str]:

@@ -306,3 +306,17 @@ def test_comparisons_are_told_from_the_result(page, mean, low, high, expected):
     line = page.compared(pair)
     assert expected in line
     assert line.endswith("they differ." if low > 0 else "not told apart.")
+
+
+def test_all_data_sets_together(page):
+    figures = {"DRGR": (0.6, 0.7), "ERM": (0.2, 0.75), "JTT": (0.65, 0.3)}
+    summary = [
+        {"method": method, "data": data, "worst_group_accuracy": {"mean": value}}
+        for method, values in figures.items()
+        for data, value in zip(("faces", "census"), values, strict=True)
+    ]
+    assert page.overall({"summary": summary})[-3:] == [
+        "| DRGR | 65.0 | 5.0 |",
+        "| ERM | 47.5 | 45.0 |",
+        "| JTT | 47.5 | 45.0 |",
+    ]
