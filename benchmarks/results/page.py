@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, final
 
-from benchmarks.results import ablation, compute, headline, unseen
+from benchmarks.results import ablation, compute, headline, medium, unseen
 from benchmarks.results.comparison import ROOT, finished
 
 PAGE = ROOT / "docs" / "results.md"
@@ -55,6 +55,7 @@ SECTIONS = (
     Section(
         result="benchmarks/headline/small.json", write=headline.small, draw=headline.draw_small
     ),
+    Section(result="benchmarks/headline/medium.json", write=medium.section),
     Section(result="benchmarks/headline/ablation.json", write=ablation.section),
     Section(result="benchmarks/headline/compute.json", write=compute.section, draw=compute.draw),
     Section(result="benchmarks/headline/unseen.json", write=unseen.section),
