@@ -9,6 +9,7 @@ from typing import Any, cast, final
 
 from benchmarks.results import ablation, compute, headline, medium, unseen
 from benchmarks.results.comparison import ROOT, finished
+from benchmarks.synthetic import figure as synthetic
 
 PAGE = ROOT / "docs" / "results.md"
 Writer = Callable[[dict[str, Any]], list[str]]
@@ -61,7 +62,9 @@ SECTIONS = (
     Section(result="benchmarks/headline/unseen.json", write=unseen.section),
     Section(result="benchmarks/leaderboard/leaderboard.json", write=routers),
     Section(
-        result="benchmarks/synthetic/result.json", write=written_by("benchmarks.synthetic.page")
+        result="benchmarks/synthetic/result.json",
+        write=written_by("benchmarks.synthetic.page"),
+        draw=synthetic.draw,
     ),
     Section(
         result="benchmarks/real_groups/result.json", write=written_by("benchmarks.real_groups.page")
