@@ -123,9 +123,12 @@ def sides(differences: dict[str, Interval]) -> tuple[list[str], list[str], list[
 
 def provenance(result: Json) -> str:
     """Says on what and of which commit a comparison was run."""
-    machine, *_ = result["environment"]["hardware"]
-    commit, *_ = result["environment"]["commits"]
-    return f"Measured on one {machine['accelerator'] or machine['processor']}, commit {commit[:8]}."
+    machines = dict.fromkeys(
+        one["accelerator"] or one["processor"] for one in result["environment"]["hardware"]
+    )
+    commits = [commit[:8] for commit in result["environment"]["commits"]]
+    what = "commit" if len(commits) == 1 else "commits"
+    return f"Measured on one {' and one '.join(machines)}, {what} {' and '.join(commits)}."
 
 
 def about(result: Json) -> str:

@@ -14,6 +14,7 @@ from benchmarks.results.comparison import (
     about,
     average,
     command,
+    common_seeds,
     finished,
     interval_cells,
     is_above,
@@ -47,7 +48,7 @@ def section(result: Json) -> list[str]:
         "",
         "DRGR with a fixed number of experts for every token, and with a budget for the batch that "
         "gives tokens different numbers, at equal total FLOPs: fewer experts buy more steps. "
-        f"{about(result)}{command(result)}",
+        f"{len(common_seeds(result))} seeds. {about(result)}{command(result)}",
         "",
         "![Worst domain against active experts](compute.svg)",
         "",

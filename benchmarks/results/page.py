@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, final
 
-from benchmarks.results import ablation, compute, headline, unseen
+from benchmarks.results import ablation, compute, headline, medium, unseen
 from benchmarks.results.comparison import ROOT, finished
+from benchmarks.synthetic import figure as synthetic
 
 PAGE = ROOT / "docs" / "results.md"
 Writer = Callable[[dict[str, Any]], list[str]]
@@ -55,12 +56,15 @@ SECTIONS = (
     Section(
         result="benchmarks/headline/small.json", write=headline.small, draw=headline.draw_small
     ),
+    Section(result="benchmarks/headline/medium.json", write=medium.section),
     Section(result="benchmarks/headline/ablation.json", write=ablation.section),
     Section(result="benchmarks/headline/compute.json", write=compute.section, draw=compute.draw),
     Section(result="benchmarks/headline/unseen.json", write=unseen.section),
     Section(result="benchmarks/leaderboard/leaderboard.json", write=routers),
     Section(
-        result="benchmarks/synthetic/result.json", write=written_by("benchmarks.synthetic.page")
+        result="benchmarks/synthetic/result.json",
+        write=written_by("benchmarks.synthetic.page"),
+        draw=synthetic.draw,
     ),
     Section(
         result="benchmarks/real_groups/result.json", write=written_by("benchmarks.real_groups.page")

@@ -8,6 +8,7 @@ from benchmarks.results.comparison import (
     Json,
     about,
     command,
+    common_seeds,
     finished,
     mean_and_deviation,
     runs_of,
@@ -40,8 +41,8 @@ def section(result: Json) -> list[str]:
         "",
         "One domain at a time is left out of everything: not drawn, not weighed, in no validation "
         "pass (`data.unseen`). Bits per byte on its test text, and the worst of the domains that "
-        f"were seen. Steps are equal, FLOPs nearly so. {about(result)}"
-        f"{command(result)}",
+        f"were seen. Total FLOPs are at most those of uniform sampling, so that steps differ. "
+        f"{len(common_seeds(result))} seeds. {about(result)}{command(result)}",
         "",
         f"| method | {' | '.join(f'{name} unseen' for name in domains)} | mean of unseen "
         "| worst of seen, mean |",

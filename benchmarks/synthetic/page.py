@@ -19,6 +19,8 @@ def section(result: dict[str, Any]) -> list[str]:
         "",
         "`python -m benchmarks.synthetic.run`. Settings are the same at every size and were not "
         "tuned by method. Numbers are means over seeds, deviations of several in parentheses.",
+        "",
+        "![Quality and cost as domains and experts grow](synthetic.svg)",
     ]
     if mixture:
         lines += _mixture_lines(mixture, setting)

@@ -93,6 +93,18 @@ class TestSmallHeadline:
         assert "| DoGE" not in found
 
 
+class TestMedium:
+    def test_it_has_table_claims_and_pairs(self, made_up):
+        from benchmarks.results.medium import section
+
+        found = text(section(made_up(headline_bits())))
+        assert found.startswith("## The size of the GPU comparison")
+        assert "All 3 seeds finished. 2 layers of 8 experts" in found
+        assert "| **DRGR** | 3.020 ± 0.010 | 2.520 ± 0.010 | 5.0 | 0 |" in found
+        assert "- *Mean at most 1 % above uniform sampling*: yes." in found
+        assert "| held-out adversary as sampling | -0.200 | [-0.200, -0.200] |" in found
+
+
 class TestMixtures:
     def test_against_a_loop_over_mixtures(self, made_up):
         from benchmarks.results.mixtures import losses_under_mixtures
@@ -251,4 +263,4 @@ class TestPage:
         """Sections whose result is still to come name modules that are still to come."""
         from benchmarks.results.page import SECTIONS
 
-        assert len({section.result for section in SECTIONS}) == len(SECTIONS) == 9
+        assert len({section.result for section in SECTIONS}) == len(SECTIONS) == 10

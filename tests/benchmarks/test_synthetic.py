@@ -18,6 +18,7 @@ if (ROOT / "benchmarks").exists():
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
     from benchmarks.synthetic import mixtures, problems, routing
+    from benchmarks.synthetic.figure import draw
     from benchmarks.synthetic.page import section
     from benchmarks.synthetic.run import claims, content_of
 
@@ -183,6 +184,13 @@ def test_the_page_reads_a_result_as_it_is_written(toy):
     assert "nan" not in text
     result["summary"][0]["regret_excess"]["mean"] = 123.456
     assert "123.456" in "\n".join(section(result))
+
+
+def test_the_picture_names_every_method(toy, tmp_path):
+    draw(toy, tmp_path / "figure.svg")
+    text = (tmp_path / "figure.svg").read_text()
+    for name in (*mixtures.METHODS, *routing.METHODS, routing.UNTRAINED):
+        assert (f">{name.removesuffix(' (excess)')}<" in text) != name.endswith("(raw)")
 
 
 def test_budgets_hold_and_a_breach_would_show(toy):
