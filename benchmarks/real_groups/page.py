@@ -27,7 +27,7 @@ def section(result: Row) -> list[str]:
         f"of a training batch: {over}. Groups of few samples make the worst group noisy: the "
         f"seeds share splits, so this noise is not in the intervals. {OURS} weighs the objective "
         f"by groups, from a tenth of the steps on, which was chosen on the validation splits with "
-        f"two other seeds; on text its weights are those of the draws, the last row of their kind. "
+        f"two other seeds; the row on draws has its weights where they are on text. "
         f"`python -m benchmarks.real_groups.run`",
     ]
     for data in result["data"]:
