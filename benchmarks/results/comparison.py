@@ -81,9 +81,12 @@ def mean_and_deviation(found: Sequence[float]) -> str:
     return f"{statistics.fmean(found):.3f} ± {statistics.stdev(found):.3f}"
 
 
-def paired(result: Json, figure: str, method: str, base: str) -> Interval:
-    """Returns the difference method - base over the seeds that both finished."""
-    seeds = sorted(set(seeds_of(result, method)) & set(seeds_of(result, base)))
+def paired(
+    result: Json, figure: str, method: str, base: str, *, seeds: Sequence[int] | None = None
+) -> Interval:
+    """Returns the difference method - base over some seeds, or all that both finished."""
+    if seeds is None:
+        seeds = sorted(set(seeds_of(result, method)) & set(seeds_of(result, base)))
     both = (values(result, name, figure, seeds) for name in (method, base))
     differences = [mine - theirs for mine, theirs in zip(*both, strict=True)]
     return mean_interval(differences, confidence=result["confidence"])

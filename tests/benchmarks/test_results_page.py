@@ -85,6 +85,24 @@ class TestSmallHeadline:
         assert "**no**. Against held-out adversary as sampling the difference is -0.200" in found
         assert "| held-out adversary as sampling | -0.200 | one seed |" in found
 
+    def test_seeds_that_were_added_are_told_apart(self, made_up):
+        from benchmarks.results.headline import small
+
+        bits = headline_bits()
+        assert "were added" not in text(small(made_up(bits)))
+        for name, gap in (("held-out adversary as sampling", 0.2), ("DRGR", 0.1)):
+            bits[name] = bits[name] | {seed: {"a": 3.0 + gap, "b": 2.0} for seed in (6, 7)}
+        for name in bits:
+            bits[name] = bits[name] | {
+                seed: bits[name].get(seed, {"a": 3.5, "b": 2.0}) for seed in (6, 7)
+            }
+        found = text(small(made_up(bits)))
+        assert "Seeds from 6 on were added when the results of the others were known" in found
+        assert (
+            "On these 2 alone the difference from held-out adversary as sampling is -0.100 bits "
+            "per byte, interval [-0.100, -0.100], and the mean is -7.3% from" in found
+        )
+
     def test_methods_without_a_finished_run_are_named(self, made_up):
         from benchmarks.results.headline import small
 
