@@ -18,6 +18,7 @@ from benchmarks.readme_layers import moe_layer_lines, routing_cost_lines, static
 from benchmarks.results import HEADLINE, claims, common_seeds
 from benchmarks.results.comparison import MEAN, OURS, SIMPLE, WORST, average
 from benchmarks.results.headline import SMALL_FIGURE, best_rival
+from benchmarks.results.medium import second_expert
 
 SMALL = "benchmarks/headline/small.json"
 MEDIUM = "benchmarks/headline/medium.json"
@@ -101,11 +102,13 @@ def headline_lines(
         "",
         *claims(result, seeds),
         "",
-        larger_lines(medium, former),
+        larger_line(medium, former),
+        "",
+        *second_expert(medium),
     ]
 
 
-def larger_lines(medium: dict[str, Any], former: dict[str, Any]) -> str:
+def larger_line(medium: dict[str, Any], former: dict[str, Any]) -> str:
     """Says what the comparisons of a larger model found, of DRGR as it is and as it was."""
     seeds = common_seeds(medium)
     best = best_rival(medium, seeds)

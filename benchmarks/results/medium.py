@@ -1,7 +1,20 @@
 """DRGR as it became on two cores, at the size of the comparison on a GPU."""
 
-from benchmarks.results.comparison import Json, about, command, common_seeds
+from benchmarks.results.comparison import (
+    MEAN,
+    OURS,
+    WORST,
+    Json,
+    about,
+    average,
+    command,
+    common_seeds,
+    finished,
+    verdict,
+)
 from benchmarks.results.headline import claims, done, pairs, table
+
+ONE_EXPERT = OURS + ", one expert"
 
 
 def section(result: Json) -> list[str]:
@@ -19,6 +32,23 @@ def section(result: Json) -> list[str]:
         *table(result, seeds),
         "",
         *claims(result, seeds),
+        *[f"- {line}" for line in second_expert(result)],
         "",
         *pairs(result),
+    ]
+
+
+def second_expert(result: Json) -> list[str]:
+    """Says whether a second expert is worth the steps that it costs, where that was measured."""
+    if ONE_EXPERT not in finished(result):
+        return []
+    seeds = common_seeds(result)
+    worst, mean = (average(result, ONE_EXPERT, figure, seeds) for figure in (WORST, MEAN))
+    pays = any(
+        average(result, OURS, figure, seeds) < one for figure, one in ((WORST, worst), (MEAN, mean))
+    )
+    return [
+        f"*A second expert in the last steps pays for its FLOPs*: {verdict(pays)}. With one expert "
+        f"throughout, and more steps, DRGR has {worst:.3f} in the worst domain and {mean:.3f} on "
+        "average" + ("." if pays else ", so the recipe `drgr` has one.")
     ]

@@ -122,6 +122,19 @@ class TestMedium:
         assert "- *Mean at most 1 % above uniform sampling*: yes." in found
         assert "| held-out adversary as sampling | -0.200 | [-0.200, -0.200] |" in found
 
+    def test_whether_a_second_expert_pays_turns_with_the_numbers(self, made_up):
+        from benchmarks.results.medium import second_expert
+
+        assert second_expert(made_up(headline_bits())) == []
+        (better,) = second_expert(made_up(headline_bits() | {"DRGR, one expert": seeds(2.9)}))
+        assert (
+            "FLOPs*: **no**. With one expert throughout, and more steps, DRGR has 2.920" in better
+        )
+        assert better.endswith("on average, so the recipe `drgr` has one.")
+        (worse,) = second_expert(made_up(headline_bits() | {"DRGR, one expert": seeds(3.1)}))
+        assert "FLOPs*: yes. With one expert throughout, and more steps, DRGR has 3.120" in worse
+        assert worse.endswith("on average.")
+
 
 class TestMixtures:
     def test_against_a_loop_over_mixtures(self, made_up):

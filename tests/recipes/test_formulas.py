@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from drgr.experiments.compute import measure_costs
 from drgr.recipes import RECIPES
-from drgr.training import parse_config
+from drgr.training import override, parse_config
 
 DOMAINS = 4
 
@@ -146,14 +147,11 @@ def test_drmoet_weighs_experts_by_their_mean_losses(runs, corpus, tmp_path):
 
 
 def test_drgr_draws_by_kl_weights_of_training_losses_from_a_later_step_on(runs, corpus, tmp_path):
-    growing = {"kind": "progressive", "first": 1, "switch_step": 3}
-    config = small(
-        runs, "drgr", robustness__begin=4, robustness__every=2, routing__selection=growing
-    )
+    config = small(runs, "drgr", robustness__begin=4, robustness__every=2)
     run, steps = trained(runs, corpus, tmp_path, config)
     tokens = config.training.batch_size * config.data.sequence_length
     layers = len(run.attachment.layer_names)
-    assert [record["spend"] / (layers * tokens) for record in steps] == [1, 1, 1, 2, 2, 2]
+    assert [record["spend"] / (layers * tokens) for record in steps] == [1] * 6
     assert run.config.routing.traffic.coefficient > 0
     assert run.outer is None
     assert all(record["batches_over"] == 0 for record in steps)
@@ -165,6 +163,20 @@ def test_drgr_draws_by_kl_weights_of_training_losses_from_a_later_step_on(runs, 
     expected = [tilt / sum(tilts) for tilt in tilts]
     assert adversary.weights.sampling.tolist() == pytest.approx(expected, rel=1e-6)
     assert max(expected) > 1.05 * uniform
+
+
+def test_drgr_has_the_flops_of_erm_in_more_steps(corpus):
+    erm, ours = RECIPES["erm"](), RECIPES["drgr"]()
+    costs = {
+        config.name: measure_costs(override(config, ["data.sampling=uniform"]), corpus)
+        for config in (erm, ours)
+    }
+    limit = costs["erm"].least(erm.training.steps)
+    assert 0.95 * limit < costs["drgr"].most(ours.training.steps) <= limit
+    assert ours.training.steps > erm.training.steps
+    only_steps = ours.training.model_copy(update={"steps": erm.training.steps})
+    assert only_steps == erm.training
+    assert ours.data == RECIPES["demo"]().data
 
 
 def test_drgr_bilevel_looks_ahead_inside_its_budget(runs, corpus, tmp_path):

@@ -30,7 +30,7 @@ def test_recipes_are_valid_and_named_as_they_are_called(name):
     assert (RECIPES[name].__doc__ or "").strip()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "drgr"])
 def test_the_same_steps_data_and_compute(name):
     demo, other = RECIPES["demo"](), RECIPES[name]()
     assert other.training == demo.training

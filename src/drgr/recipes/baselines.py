@@ -9,8 +9,7 @@ from typing import Any
 
 from drgr.recipes.drgr_8 import demo, erm
 from drgr.training.config import DataConfig, OuterConfig, RobustnessConfig, RunConfig
-from drgr.training.routing_config import TrafficConfig
-from drgr.training.selection_config import ProgressiveConfig
+from drgr.training.routing_config import BudgetConfig, TrafficConfig
 
 REFERENCE = Path("runs/erm/evaluation.json")
 
@@ -115,25 +114,27 @@ def drmoet() -> RunConfig:
 
 
 def drgr() -> RunConfig:
-    """What pays for its FLOPs: a late adversary, a growing budget, a price on gradient traffic.
+    """What pays for its FLOPs: a late adversary, one expert a token, a price on gradient traffic.
 
     Batches are drawn uniformly at first, so that every domain is learned from all; then by KL
     weights of the training losses, which cost nothing and, while no text is seen twice, are as good
-    as held-out ones. Where text is repeated, take those: ``robustness.losses=validation``. Tokens
-    have one expert until step 190 of 250 and then the budget; the FLOPs saved are worth about a
-    tenth more steps. Strength and begin of the adversary are what tuning chose at this size, the
-    price and the switch what the smaller comparison of ``docs/results.md`` has; move
-    ``robustness.begin`` and ``routing.selection.switch_step`` with the steps.
+    as held-out ones. Where text is repeated, take those: ``robustness.losses=validation``. A token
+    has one expert, and the run the FLOPs of ``erm`` all the same: at both sizes of
+    ``docs/results.md`` steps are worth more than a second expert, throughout or for the last steps
+    (``routing.selection={kind: progressive, first: 1, switch_step: N}`` with a budget of two).
+    Strength and begin of the adversary are what tuning chose at this size, the price what the
+    smaller comparison has; move ``robustness.begin`` with the steps.
     """
     routing = demo().routing.model_copy(
         update={
+            "budget": BudgetConfig(minimum=1, maximum=1, average=1),
             "traffic": TrafficConfig(coefficient=0.03),
-            "selection": ProgressiveConfig(kind="progressive", first=1, switch_step=190),
         }
     )
     return demo().model_copy(
         update={
             "name": "drgr",
+            "training": demo().training.model_copy(update={"steps": 320}),
             "routing": routing,
             "robustness": RobustnessConfig(
                 apply_to="sampling", divergence="kl", penalty=0.38, losses="train", begin=100
